@@ -1,0 +1,1 @@
+"""Datasets: one module each, interchangeable sources, and the input pipeline."""

@@ -1,0 +1,112 @@
+"""FinCoT: financial questions over a report, answered through a chain (Fino1, Qian et al. 2025).
+
+Canonical fields: Question (context, then the question itself), Reasoning_process,
+Final_response. Optional: answer (a number, a text or a list of texts) and scale
+('percent', 'thousand', ...); without them the answer is read out of Final_response.
+"""
+
+import re
+
+from lora_jax.data import synthetic_statements
+from lora_jax.data.numbers import Quantity, read_quantity, same_quantity
+from lora_jax.data.task import Example, Prompt, Task
+
+_MARKER = re.compile(r'answer\s*(?:is|:)\s*:?', re.IGNORECASE)
+
+
+def _split_question(text: str) -> tuple[str, str]:
+  """(context, question) of a row's Question field."""
+  text = re.sub(r'\s*Answer:\s*$', '', text)
+  context, found, question = text.rpartition('\nQuestion:')
+  if not found:
+    context, _, question = text.rpartition('\n')
+  _, found, rest = context.partition('Context:')
+  return (rest if found else context).strip(), question.strip()
+
+
+def _prompt(example: Example) -> Prompt:
+  context, question = _split_question(example['Question'])
+  return Prompt(
+    before='Answer the financial question from the context. Reason step by step in a few '
+    'sentences, and end with a line "The answer is ...".\n\n',
+    document=f'Context: {context}' if context else '',
+    after=f'\n\nQuestion: {question}',
+  )
+
+
+def _target(example: Example) -> str:
+  reasoning = example['Reasoning_process'].strip()
+  final = example['Final_response'].strip().rstrip('.')
+  if not final:
+    raise ValueError('Final_response is empty')
+  if not _MARKER.search(final):
+    final = f'The answer is {final}'
+  return f'{reasoning}\n{final}.' if reasoning else f'{final}.'
+
+
+def _said(text: str) -> str:
+  """What a text gives as its answer: the rest of the line after the last marker.
+
+  Without a marker it is the last line, so that a base that never saw the form is not
+  wrong for the form alone.
+  """
+  *before, last = _MARKER.split(text.replace('*', ''))
+  lines = last.strip().splitlines() or ['']
+  return (lines[0] if before else lines[-1]).strip()
+
+
+def _reference(example: Example) -> Quantity | str:
+  answer, scale = example.get('answer'), example.get('scale') or ''
+  if answer is None:
+    said = _said(_target(example))
+    return read_quantity(said) or said
+  texts = [str(item) for item in (answer if isinstance(answer, list) else [answer])]
+  if len(texts) == 1:
+    quantity = read_quantity(texts[0], whole=True)
+    if quantity is not None:
+      return quantity if quantity.unit else Quantity(quantity.value, scale)
+  return ', '.join(texts)
+
+
+def _plain(text: str) -> str:
+  text = re.sub(r'(?<=\d),(?=\d)', '', text.lower())
+  words = re.sub(r'[^\w.%\s-]|\.(?!\d)', ' ', text).split()
+  return ' '.join(word for word in words if word not in ('a', 'an', 'the'))
+
+
+def _score(prediction: str, example: Example) -> dict[str, float]:
+  marked = _MARKER.search(prediction.replace('*', '')) is not None
+  reference = _reference(example)
+  if isinstance(reference, str):
+    right = marked and _plain(_said(prediction)) == _plain(reference)
+  else:
+    said = read_quantity(_said(prediction))
+    right = said is not None and same_quantity(said, reference)
+  return {'accuracy': float(right), 'answered': float(marked)}
+
+
+TASK = Task(
+  name='fincot',
+  title='FinCoT',
+  hub_id='TheFinAI/FinCoT',
+  features={
+    'id': 'text',
+    'Question': 'text',
+    'Reasoning_process': 'text',
+    'Final_response': 'text',
+    'answer': 'json',
+    'scale': 'text',
+  },
+  required=('Question', 'Reasoning_process', 'Final_response'),
+  prompt=_prompt,
+  target=_target,
+  score=_score,
+  headline='accuracy',
+  synthetic=synthetic_statements.rows,
+  max_new_tokens=160,
+  note=(
+    'A number counts when it equals the reference to the precision of the coarser of the two '
+    'and within 1 %, with its unit; an answer in words counts when equal up to case, '
+    'punctuation and articles.'
+  ),
+)

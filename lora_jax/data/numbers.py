@@ -1,0 +1,97 @@
+"""Amounts in running text: reading them, and telling whether two are the same."""
+
+import dataclasses
+import re
+from decimal import Decimal
+
+_UNITS = {'': 0, 'percent': -2, 'thousand': 3, 'million': 6, 'billion': 9, 'trillion': 12}
+_SPELLINGS = {'%': 'percent', 'k': 'thousand', 'm': 'million', 'mn': 'million', 'bn': 'billion'}
+_NUMBER = re.compile(
+  r"""
+  (?P<open>\()?\s*
+  (?P<sign>(?<![\w.)%])[-\u2212\u2013])?\s*
+  (?P<currency>(?:US|USD|RM|C|A)?[$\u20ac\u00a3\u00a5])?\s*
+  (?P<inner>[-\u2212]|\()?\s*
+  (?P<digits>\d[\d,]*(?:\.\d+)?|\.\d+)
+  \s*(?P<unit>%|(?:percent|thousand|million|billion|trillion|mn|bn|[km])\b)?
+  \s*(?P<close>\))?
+  \s*(?P<late>%|(?:percent|thousand|million|billion|trillion)\b)?
+  """,
+  re.VERBOSE | re.IGNORECASE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+  """A number as written and its unit.
+
+  Attributes:
+    value: the number as written, with its decimals.
+    unit: '', 'percent', 'thousand', 'million', 'billion' or 'trillion'.
+  """
+
+  value: Decimal
+  unit: str
+
+  def in_unit(self, unit: str) -> Decimal:
+    """The number that says the same in another unit; 'percent' is a hundredth of ''."""
+    return self.value.scaleb(_UNITS[self.unit] - _UNITS.get(unit, 0))
+
+
+def read_quantity(text: str, whole: bool = False) -> Quantity | None:
+  """The amount that a text gives, or None.
+
+  A text that opens with an amount gives that one ("12.5, more than in 2019"), any other
+  its last with a unit or currency ("about 12 % more than in 2019"), or else its last.
+  Parentheses and any dash mean a negative.
+
+  Args:
+    text: the text.
+    whole: accept only a text that is nothing but an amount.
+  """
+  text = text.strip().rstrip('.')
+  found = list(_NUMBER.finditer(text))
+  if not found:
+    return None
+  first = found[0]
+  opens = not re.search(r'\w', text[: first.start()])
+  if whole:
+    rest = text[: first.start()] + text[first.end() :]
+    if len(found) > 1 or re.search(r'\w', rest):
+      return None
+  marked = [match for match in found if match['unit'] or match['late'] or match['currency']]
+  chosen = first if opens else (marked or found)[-1]
+  value = Decimal(chosen['digits'].replace(',', ''))
+  bracketed = bool(chosen['close']) and bool(chosen['open'] or chosen['inner'] == '(')
+  dashed = bool(chosen['sign']) or chosen['inner'] not in (None, '(')
+  unit = (chosen['unit'] or chosen['late'] or '').lower()
+  return Quantity(-value if bracketed or dashed else value, _SPELLINGS.get(unit, unit))
+
+
+def same_quantity(said: Quantity, reference: Quantity) -> bool:
+  """Whether an amount is the reference, to the coarser precision of the two and within 1 %.
+
+  A bare number may stand for the reference's own unit; for a percentage it may also be
+  the fraction. An amount with another unit must come to the same amount.
+
+  >>> same_quantity(Quantity(Decimal('25.5'), ''), Quantity(Decimal('25.53'), 'percent'))
+  True
+  >>> same_quantity(Quantity(Decimal('2019'), ''), Quantity(Decimal('2018'), ''))
+  False
+  """
+  candidates = [said.in_unit(reference.unit)]
+  if not said.unit:
+    candidates.append(said.value)
+  return any(_close(value, reference.value) for value in candidates)
+
+
+def _close(said: Decimal, reference: Decimal) -> bool:
+  if abs(said - reference) > abs(reference) / 100:
+    return False
+  places = min(_decimals(said), _decimals(reference))
+  return round(said, places) == round(reference, places)
+
+
+def _decimals(value: Decimal) -> int:
+  exponent = value.normalize().as_tuple().exponent
+  return max(0, -exponent) if isinstance(exponent, int) else 0
