@@ -1,0 +1,70 @@
+"""`dot` and the kinds of kernel it can multiply by.
+
+A kernel is whatever stands at a Dense module's `kernel` leaf: an array, or a pytree
+node such as `LoraKernel`. The model calls `dot(x, kernel)` and never asks which;
+`jit`, `scan`, `remat`, `vmap` and sharding see ordinary pytrees of arrays.
+
+>>> import jax.numpy as jnp
+>>> w, a, b = jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.zeros((2, 3))
+>>> x = jnp.ones((1, 4))
+>>> bool((dot(x, LoraKernel(w, a, b, jnp.float32(2.0))) == dot(x, w)).all())
+True
+"""
+
+from typing import TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Kernel: TypeAlias = 'jax.Array | LoraKernel'
+
+
+@flax.struct.dataclass
+class LoraKernel:
+  """A frozen kernel and the low-rank update that is added to its product.
+
+  Computes `x @ w + scale * (dropout(x) @ a) @ b` (Hu et al. 2021, equation 3)
+  without ever forming `a @ b`. Every leaf may carry leading axes that `scan` or
+  `vmap` strips before `dot` sees it.
+
+  Attributes:
+    w: the base kernel, (in, out); any kind that `dot` accepts.
+    a: (in, R), float32.
+    b: (R, out), float32.
+    scale: scalar, usually alpha / R.
+    dropout_key: a PRNG key where the adapter's input is dropped out (training), or
+      None (evaluation).
+    dropout_rate: share of the input's entries that are dropped; read only where
+      there is a key.
+  """
+
+  w: Kernel
+  a: jax.Array
+  b: jax.Array
+  scale: jax.Array
+  dropout_key: jax.Array | None = None
+  dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
+
+
+def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
+  """Multiplies `x` (..., in) by a kernel (in, out) of any kind, in the dtype of `x`.
+
+  Args:
+    x: activations, (..., in).
+    kernel: an array or a `LoraKernel`, whose adapters are cast to the dtype of `x`
+      for the product while they and their gradients stay float32.
+
+  Returns:
+    (..., out), of the dtype of `x`.
+  """
+  if not isinstance(kernel, LoraKernel):
+    return jnp.matmul(x, kernel.astype(x.dtype))
+  base = dot(x, kernel.w)
+  if kernel.dropout_key is not None:
+    keep = jax.random.bernoulli(kernel.dropout_key, 1.0 - kernel.dropout_rate, x.shape)
+    x = jnp.where(keep, x / (1.0 - kernel.dropout_rate), 0).astype(x.dtype)
+  low = jnp.matmul(x, kernel.a.astype(x.dtype))
+  # The scale goes on the narrow (..., R) product, where it costs least.
+  low = low * kernel.scale.astype(x.dtype)
+  return base + jnp.matmul(low, kernel.b.astype(x.dtype))
