@@ -1,0 +1,237 @@
+"""Trains one adapter on one frozen base.
+
+The base is an argument of the step, never part of its state: it is not
+differentiated, optimised, donated or saved.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax import lora
+from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
+from lora_jax.data.pipeline import Batch
+from lora_jax.loss import completion_loss
+from lora_jax.optim import optimizer
+from lora_jax.progress import Progress
+from lora_jax.transformer import Transformer, frozen_head
+
+Params = Mapping[str, Any]
+
+# Bad updates in a row after which a run is given up.
+_MAX_BAD_STEPS = 5
+
+# Called with {'step', 'loss', ...} of a training step or {'step', 'eval_loss'}.
+Log = Callable[[dict[str, float]], None]
+
+
+class DivergedError(Exception):
+  """Loss or gradient stayed NaN or infinite; the text says at which step."""
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that an update changes.
+
+  Attributes:
+    step: updates so far, int32.
+    adapters: the adapter tree, float32.
+    opt_state: the optimiser's state.
+    key: PRNG key of dropout.
+  """
+
+  step: jax.Array
+  adapters: Any
+  opt_state: Any
+  key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """A trained adapter and how it came about.
+
+  Attributes:
+    adapters: the adapter tree.
+    losses: mean completion loss of each step, nats a token.
+    eval_losses: (step, loss) on the rows kept out.
+    tokens: real tokens seen, padding not counted.
+    completion_tokens: those of them with a loss.
+    examples: rows seen, counted each time.
+    seconds: time of the loop, compilation included.
+    compile_seconds: time until the first step had ended.
+    bad_steps: updates left out because they were not finite.
+  """
+
+  adapters: Any
+  losses: list[float]
+  eval_losses: list[tuple[int, float]]
+  tokens: int
+  completion_tokens: int
+  examples: int
+  seconds: float
+  compile_seconds: float
+  bad_steps: int
+
+
+def batch_loss(
+  model: Transformer,
+  base: Params,
+  adapters: Params,
+  batch: Mapping[str, Any],
+  scale: float,
+  dropout_key: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+  """Sum of the losses of a batch's completion tokens, in nats, and how many there are."""
+  params = lora.attach(base, adapters, scale, dropout_key, dropout_rate)
+  hidden_BTD, _ = model.apply(
+    {'params': params}, batch['tokens'], batch['positions'], batch['segments']
+  )
+  # The head is no target, so the frozen parameters serve it.
+  total = completion_loss(frozen_head(model, base), hidden_BTD, batch['targets'], batch['weights'])
+  return total, batch['weights'].sum()
+
+
+def make_step(
+  model: Transformer, tx: optax.GradientTransformation, lora_config: LoraConfig
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict]]:
+  """Compiles an update: (state, base, batch) -> (state, metrics); the state is donated."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, base, batch):
+    key, dropout_key = jax.random.split(state.key)
+
+    def mean_loss(adapters):
+      total, count = batch_loss(
+        model, base, adapters, batch, lora_config.scale, dropout_key, lora_config.dropout
+      )
+      return total / jnp.maximum(count, 1)
+
+    loss, grads = jax.value_and_grad(mean_loss)(state.adapters)
+    opt_state: Any
+    updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
+    adapters = optax.apply_updates(state.adapters, updates)
+    metrics = {
+      'loss': loss,
+      'grad_norm': optax.global_norm(grads),
+      'bad_in_a_row': opt_state.notfinite_count,
+      'bad_steps': opt_state.total_notfinite,
+    }
+    return TrainState(state.step + 1, adapters, opt_state, key), metrics
+
+  return step
+
+
+def make_evaluation(
+  model: Transformer, lora_config: LoraConfig
+) -> Callable[[Params, Params, Sequence[Batch]], float]:
+  """Compiles the mean completion loss over batches: (base, adapters, batches) -> nats."""
+
+  @jax.jit
+  def one(base, adapters, batch):
+    return batch_loss(model, base, adapters, batch, lora_config.scale)
+
+  def mean(base: Params, adapters: Params, batches: Sequence[Batch]) -> float:
+    sums = [one(base, adapters, batch) for batch in batches]
+    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+  return mean
+
+
+def init_state(adapters: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
+  """The state before the first update."""
+  key = jax.random.fold_in(jax.random.key(seed), 1)
+  return TrainState(jnp.int32(0), adapters, tx.init(adapters), key)
+
+
+def train(
+  model: Transformer,
+  base: Params,
+  paths: Sequence[str],
+  batches: Iterator[Batch],
+  eval_batches: Sequence[Batch],
+  config: TrainConfig,
+  lora_config: LoraConfig,
+  optim_config: OptimConfig,
+  seed: int,
+  log: Log = lambda metrics: None,
+  what: str = 'train',
+) -> Outcome:
+  """Trains an adapter from its initialisation.
+
+  Args:
+    model: the Transformer, in the dtype and with the remat to train with.
+    base: its frozen parameters.
+    paths: the modules to adapt, from `lora.resolve`.
+    batches: an endless stream.
+    eval_batches: what to watch the loss on; may be empty.
+    config: length of the run.
+    lora_config: shape of the adapter.
+    optim_config: hyperparameters.
+    seed: of the initialisation and of dropout.
+    log: receives metrics of each step.
+    what: name of the run for the progress display.
+
+  Returns:
+    The outcome.
+
+  Raises:
+    DivergedError: several updates in a row were not finite.
+  """
+  tx = optimizer(optim_config, config.steps)
+  adapters = lora.init(jax.random.key(seed), base, paths, lora_config.rank)
+  state = init_state(adapters, tx, seed)
+  step = make_step(model, tx, lora_config)
+  evaluate = make_evaluation(model, lora_config)
+  losses, eval_losses = [], []
+  tokens = completion_tokens = examples = bad_steps = 0
+  start, compile_seconds = time.perf_counter(), 0.0
+
+  def record(number, metrics):
+    """Reads a step's metrics, one step late, so that the device never waits for us."""
+    nonlocal bad_steps
+    loss, bad_steps = float(metrics['loss']), int(metrics['bad_steps'])
+    losses.append(loss)
+    log({'step': number, 'loss': loss, 'grad_norm': float(metrics['grad_norm'])})
+    progress.advance(loss=loss)
+    if int(metrics['bad_in_a_row']) >= _MAX_BAD_STEPS:
+      raise DivergedError(f'{_MAX_BAD_STEPS} updates in a row were not finite, up to step {number}')
+
+  with Progress(what, config.steps) as progress:
+    pending = None
+    for number in range(1, config.steps + 1):
+      batch = next(batches)
+      tokens += int((batch['segments'] > 0).sum())
+      completion_tokens += int(batch['weights'].sum())
+      examples += int(np.max(batch['segments'], axis=1).sum())
+      state, metrics = step(state, base, batch)
+      if pending is not None:
+        record(*pending)
+      else:
+        jax.block_until_ready(metrics)
+        compile_seconds = time.perf_counter() - start
+      pending = (number, metrics)
+      if eval_batches and (number % config.eval_every == 0 or number == config.steps):
+        eval_losses.append((number, evaluate(base, state.adapters, eval_batches)))
+        log({'step': number, 'eval_loss': eval_losses[-1][1]})
+    if pending is not None:
+      record(*pending)
+  return Outcome(
+    adapters=state.adapters,
+    losses=losses,
+    eval_losses=eval_losses,
+    tokens=tokens,
+    completion_tokens=completion_tokens,
+    examples=examples,
+    seconds=time.perf_counter() - start,
+    compile_seconds=compile_seconds,
+    bad_steps=bad_steps,
+  )
