@@ -1,0 +1,108 @@
+"""Latency of unmerged adapters as a ratio to the base's, from interleaved runs.
+
+Machines drift by more than an adapter costs, so the base and every target set take
+turns within one process, and each ratio is taken within a turn.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import lora
+from lora_jax.progress import Progress
+from lora_jax.transformer import KeyValues, Transformer, frozen_head
+
+# One prompt, as a user waiting for an answer has.
+_PROMPT_TOKENS = 256
+_DECODE_STEPS = 8
+
+
+def measure(
+  model: Transformer,
+  base: Mapping[str, Any],
+  target_sets: Mapping[str, Sequence[str]],
+  rank: int,
+  turns: int,
+) -> dict[str, dict[str, float]]:
+  """Times prefill and decoding of one row for the base and for each target set.
+
+  Args:
+    model: the Transformer.
+    base: its parameters.
+    target_sets: name -> paths of the adapted modules.
+    rank: R of the adapters, whose values do not matter to time.
+    turns: how often each is timed.
+
+  Returns:
+    name -> {'prefill_ms', 'decode_ms' (one token), 'prefill_ratio', 'decode_ratio',
+    'prefill_ratio_low', 'prefill_ratio_high', 'decode_ratio_low', 'decode_ratio_high'},
+    medians and quartiles over turns, 'base' included.
+  """
+  variants = {'base': base}
+  for name, paths in target_sets.items():
+    adapters = lora.init(jax.random.key(0), base, paths, rank)
+    variants[name] = lora.attach(base, adapters, 1.0)
+  tokens = jnp.ones((1, _PROMPT_TOKENS), jnp.int32)
+  room = KeyValues.empty(model.config, 1, _PROMPT_TOKENS + _DECODE_STEPS, model.dtype)
+  works = {
+    'prefill': lambda params: _prefill(model, params, tokens),
+    'decode': lambda params: _decode(model, params, room),
+  }
+  seconds = {(name, work): [] for name in variants for work in works}
+  with Progress('latency', (turns + 1) * len(variants), unit='run') as progress:
+    for turn in range(turns + 1):
+      for name, params in variants.items():
+        for work, run in works.items():
+          taken = _seconds(run, params)
+          # The first turn compiles and warms up.
+          if turn:
+            seconds[name, work].append(taken)
+        progress.advance()
+  return {name: _summary(seconds, name) for name in variants}
+
+
+def _seconds(run: Callable[[Any], jax.Array], params: Any) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(run(params))
+  return time.perf_counter() - start
+
+
+def _summary(seconds: Mapping[tuple[str, str], list[float]], name: str) -> dict[str, float]:
+  summary = {}
+  for work, per in (('prefill', 1), ('decode', _DECODE_STEPS)):
+    own, of_base = np.asarray(seconds[name, work]), np.asarray(seconds['base', work])
+    low, middle, high = np.quantile(own / of_base, (0.25, 0.5, 0.75))
+    summary[f'{work}_ms'] = 1e3 * float(np.median(own)) / per
+    summary[f'{work}_ratio'] = float(middle)
+    summary[f'{work}_ratio_low'] = float(low)
+    summary[f'{work}_ratio_high'] = float(high)
+  return summary
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _prefill(model: Transformer, params: Mapping[str, Any], tokens_BT: jax.Array) -> jax.Array:
+  hidden_BTD, _ = model.apply({'params': params}, tokens_BT)
+  return frozen_head(model, params)(hidden_BTD[:, -1])
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _decode(model: Transformer, params: Mapping[str, Any], kv: KeyValues) -> jax.Array:
+  """Decodes a few tokens after a full prompt."""
+  head = frozen_head(model, params)
+
+  def body(step, state):
+    token_B, kv = state
+    position = _PROMPT_TOKENS + step
+    visible_BS = (jnp.arange(kv.k_LBKSH.shape[3]) < position)[None]
+    positions_BT = jnp.full((1, 1), position)
+    hidden_B1D, new = model.apply(
+      {'params': params}, token_B[:, None], positions_BT, past=((kv, visible_BS),)
+    )
+    return jnp.argmax(head(hidden_B1D[:, 0]), axis=-1).astype(jnp.int32), kv.write(new, position)
+
+  return jax.lax.fori_loop(0, _DECODE_STEPS, body, (jnp.ones(1, jnp.int32), kv))[0]
