@@ -1,0 +1,1 @@
+"""Launchers: absl flags in, a frozen configuration out, one function called."""

@@ -1,0 +1,169 @@
+"""Fine-tunes LoRA adapters on sets of target modules and scores them beside the base.
+
+  python -m experiments.ablate --targets=o_proj,fc2
+  python -m experiments.ablate --targets=qkv --targets=o_proj --datasets=medmcqa --seeds=0,1,2
+  python -m experiments.ablate --preset=smoke
+
+Each `--targets` is one configuration, its commas join modules into one set; without
+any, the article's grid runs. Finished cells are skipped, so the same command goes on
+after an interruption. Ends with a table and the path of the report.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments import _launcher
+from lora_jax.errors import UserError
+from lora_jax.presets import ARTICLE_TARGETS, PRESETS, Settings
+
+_TARGETS = flags.DEFINE_multi_string(
+  'targets', [], 'A set of targets, joined by commas; repeat the flag for more sets.'
+)
+_DATASETS = flags.DEFINE_list('datasets', [], 'Datasets; all seven if not given.')
+_DATA = flags.DEFINE_string(
+  'data', 'synthetic', "Where rows come from: 'synthetic', 'hub', or a directory."
+)
+_BASE = flags.DEFINE_string('base', None, "A base's name, or a .gguf file.")
+_PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
+_SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
+_OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
+_CACHE = flags.DEFINE_string('cache', '~/.cache/lora_jax', 'Directory of downloads.')
+
+# Flags that change a preset: (section of Settings, its field).
+_OVERRIDES = {
+  'rank': ('lora', 'rank'),
+  'alpha': ('lora', 'alpha'),
+  'dropout': ('lora', 'dropout'),
+  'lr': ('optim', 'learning_rate'),
+  'lr_ratio': ('optim', 'lr_ratio'),
+  'steps': ('train', 'steps'),
+  'tokens_per_batch': ('train', 'tokens_per_batch'),
+  'max_length': ('train', 'max_length'),
+  'train_rows': ('train', 'train_rows'),
+  'test_rows': ('eval', 'test_rows'),
+  'batch_rows': ('eval', 'batch_rows'),
+  'max_new_tokens': ('eval', 'max_new_tokens'),
+}
+_AT_LEAST_ZERO = ('dropout', 'train_rows', 'test_rows')
+for _flag, (_section, _field) in _OVERRIDES.items():
+  _kind = {int: flags.DEFINE_integer, float: flags.DEFINE_float}[
+    type(getattr(getattr(Settings(), _section), _field))
+  ]
+  _kind(_flag, None, f"The preset's {_section}.{_field}.")
+flags.DEFINE_enum('dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.')
+flags.DEFINE_bool('remat', None, "The preset's train.remat.")
+
+
+def settings_from_flags() -> Settings:
+  """The preset with the flags that were given on top of it.
+
+  Raises:
+    UserError: a value that makes no sense.
+  """
+  settings = PRESETS[_PRESET.value]
+  if _BASE.value:
+    settings = dataclasses.replace(settings, base=_BASE.value)
+  for flag, (section, field) in _OVERRIDES.items():
+    value = flags.FLAGS[flag].value
+    if value is None:
+      continue
+    allowed = value >= 0 if flag in _AT_LEAST_ZERO else value > 0
+    if not allowed or math.isinf(value):
+      raise UserError(f'--{flag}={value}: give a number above zero')
+    part = dataclasses.replace(getattr(settings, section), **{field: value})
+    settings = dataclasses.replace(settings, **{section: part})
+  if settings.lora.dropout >= 1:
+    raise UserError(f'--dropout={settings.lora.dropout}: give a share below 1')
+  if settings.train.max_length < 64:
+    raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
+  changes = {'dtype': _dtype(flags.FLAGS['dtype'].value)}
+  if flags.FLAGS['remat'].value is not None:
+    changes['remat'] = flags.FLAGS['remat'].value
+  return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+
+
+def _dtype(name: str | None) -> str:
+  """What 'auto' means here: bfloat16, but for a CPU whose JAX multiplies it slowly."""
+  if name and name != 'auto':
+    return name
+  import jax
+
+  version = tuple(int(part) for part in jax.__version__.split('.')[:2])
+  return 'float32' if jax.default_backend() == 'cpu' and version < (0, 11) else 'bfloat16'
+
+
+def _seeds() -> tuple[int, ...]:
+  try:
+    seeds = tuple(dict.fromkeys(int(seed) for seed in _SEEDS.value))
+  except ValueError:
+    seeds = ()
+  if not seeds or min(seeds) < 0:
+    raise UserError(f'--seeds={",".join(_SEEDS.value)}: give whole numbers from 0, as 0,1,2')
+  return seeds
+
+
+def main() -> None:
+  """Checks everything that can be checked, then runs, then reports."""
+  # The project's modules take a few seconds to import; --help should not wait for them.
+  import jax
+
+  from lora_jax.config import ModelConfig
+  from lora_jax.data import sources, tasks
+  from lora_jax.hub import bases
+  from lora_jax.records import RunDirectory
+  from lora_jax.report import report
+  from lora_jax.study import Grid, Study, check_targets
+  from lora_jax.transformer import abstract_params
+
+  cache = Path(_CACHE.value).expanduser()
+  jax.config.update('jax_compilation_cache_dir', str(cache / 'jax'))
+
+  # Paths of the modules are the same at every size, so mistakes show before any download.
+  smallest = ModelConfig(
+    vocab_size=2,
+    num_layers=1,
+    model_dim=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    mlp_dim=2,
+    max_length=2,
+  )
+  targets = tuple(dict.fromkeys(_TARGETS.value)) or ARTICLE_TARGETS
+  check_targets(targets, abstract_params(smallest))
+  grid = Grid(tasks.by_names(_DATASETS.value or tasks.TASKS), targets, _seeds())
+  settings = settings_from_flags()
+  bases.check_name(settings.base)
+  source = _source(settings, sources)
+  for task in grid.tasks:
+    source.check(task)
+  run = RunDirectory(Path(_OUT.value or f'runs/{_PRESET.value}'))
+  run.claim({'settings': dataclasses.asdict(settings), 'data': _DATA.value})
+
+  base = bases.load(settings.base, cache)
+  print(f'base {base.name}: {base.record["weights"]}, sha256 {base.record["sha256"][:12]}')
+  try:
+    Study(settings, base, source, run, cache / 'rows').run(grid)
+  except KeyboardInterrupt:
+    print(
+      f'\nstopped; finished cells are in {run.path}, the same command goes on from there',
+      file=sys.stderr,
+    )
+    sys.exit(130)
+  print(report.write(run))
+
+
+def _source(settings: Settings, sources):
+  if _DATA.value == 'synthetic':
+    return sources.Synthetic(seed=0, train=settings.synthetic_train, test=settings.synthetic_test)
+  if _DATA.value == 'hub':
+    return sources.Hub()
+  return sources.Directory(Path(_DATA.value).expanduser())
+
+
+if __name__ == '__main__':
+  _launcher.run(main)

@@ -1,0 +1,156 @@
+"""Results on disk: a JSON file for each finished cell of the grid.
+
+    OUT/run.json                   what all cells share
+    OUT/cells/<name>.json          one record, with one score a test row
+    OUT/cells/<name>.predictions.jsonl   what the model said
+    OUT/latency.json               times of the target sets
+
+A file appears whole or not at all, so what exists is finished and is never redone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.errors import UserError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A point of the grid.
+
+  Attributes:
+    base: name of the base.
+    dataset: name of the task.
+    targets: comma-joined targets, or 'base' for the base as it is.
+    arm: 'equal_rank', or '' for the base.
+    seed: of the run; the base's is 0.
+  """
+
+  base: str
+  dataset: str
+  targets: str
+  arm: str
+  seed: int
+
+  @property
+  def name(self) -> str:
+    """The file name, without suffix; readable, and different for different cells."""
+    if self.targets == 'base':
+      return f'{self.dataset}-base'
+    # A regular expression may hold anything; escaped, two never fall on one name.
+    safe = urllib.parse.quote(self.targets, safe=',+')
+    return f'{self.dataset}-{safe}-{self.arm}-seed{self.seed}'
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON so that `path` is either the old file or the whole new one.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes text as `write_json` does."""
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open('w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error.strerror}; give another --out') from error
+  finally:
+    # Where the place itself is at fault, this fails as the write did.
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+
+
+def read_json(path: Path) -> Any:
+  """Reads a file of this module's.
+
+  Raises:
+    UserError: it is not JSON.
+  """
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} is not a readable record; delete it and run again') from error
+
+
+class RunDirectory:
+  """The records of one run."""
+
+  def __init__(self, path: Path):
+    """Points to a directory, which need not exist."""
+    self.path = path
+
+  def claim(self, shared: Mapping[str, Any]) -> None:
+    """Makes the directory this run's, or checks that it already is.
+
+    Args:
+      shared: the configuration that all cells share. Datasets, targets and seeds are
+        not part of it: a later call may add more of them.
+
+    Raises:
+      UserError: the directory holds a run with another configuration, or cannot be
+        written to.
+    """
+    file = self.path / 'run.json'
+    shared = json.loads(json.dumps(shared))
+    if file.exists():
+      record = read_json(file)
+      held = record.get('shared') if isinstance(record, dict) else None
+      if not isinstance(held, dict):
+        raise UserError(f'{file} is not a run of format {FORMAT}; give another --out')
+      differing = [key for key in sorted({*held, *shared}) if held.get(key) != shared.get(key)]
+      if differing:
+        key = differing[0]
+        raise UserError(
+          f'{self.path} holds a run with {key}={held.get(key)!r}, not {shared.get(key)!r}; '
+          'give another --out or the same settings'
+        )
+    write_json(file, {'format': FORMAT, 'shared': shared})
+
+  def cell_file(self, cell: Cell) -> Path:
+    """Where the cell's record is, or would be."""
+    return self.path / 'cells' / f'{cell.name}.json'
+
+  def finished(self, cell: Cell) -> bool:
+    """Whether the cell has a record."""
+    return self.cell_file(cell).exists()
+
+  def write_cell(
+    self, cell: Cell, record: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]] = ()
+  ) -> None:
+    """Writes a cell's record; its predictions first, so that the record marks the end."""
+    lines = [json.dumps(prediction, ensure_ascii=False) for prediction in predictions]
+    if lines:
+      write_text(self.cell_file(cell).with_suffix('.predictions.jsonl'), '\n'.join(lines) + '\n')
+    held = {'format': FORMAT, 'cell': dataclasses.asdict(cell), **record}
+    write_json(self.cell_file(cell), held)
+
+  def cells(self) -> list[dict[str, Any]]:
+    """All records, ordered by file name.
+
+    Raises:
+      UserError: a record was written by another version, or is damaged.
+    """
+    records = []
+    for path in sorted((self.path / 'cells').glob('*.json')):
+      record = read_json(path)
+      if not isinstance(record, dict) or record.get('format') != FORMAT:
+        raise UserError(f'{path} is not a record of format {FORMAT}; delete it and run again')
+      records.append(record)
+    return records

@@ -1,0 +1,316 @@
+"""The numbers of a report, computed from a run's records and nothing else.
+
+A configuration's score on a dataset is the mean over its test rows, each row averaged
+over the seeds first. Standard errors are over those rows, so they say how far another
+draw of test rows would move the score; what another training run would do to it shows
+in the means of the seeds.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.data.tasks import TASKS
+from lora_jax.errors import UserError
+from lora_jax.presets import ARTICLE_TARGETS, EQUAL_RANK
+from lora_jax.records import RunDirectory, read_json
+
+BASE = 'base'
+DONE, DIVERGED, PARTLY_DIVERGED, MISSING = 'done', 'diverged', 'partly diverged', 'missing'
+NEEDS_VISION = 'needs vision'
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One configuration on one dataset.
+
+  Attributes:
+    status: 'done', 'diverged', 'partly diverged' (some seeds; the numbers are those of
+      the others), 'needs vision' or 'missing'.
+    mean: headline score in 0..100, or None.
+    se: its standard error over test rows; None below two rows.
+    rows: test rows.
+    seed_means: seed -> headline score of that seed alone.
+    difference: score minus the base's over the rows both have, or None.
+    difference_se: its standard error, paired by row.
+    paired_rows: test rows that the difference is over.
+    other_scores: the dataset's other scores, 0..100.
+    generations: predictions made, over all seeds.
+    unfinished: those that were stopped by the token limit.
+    diverged: seed -> why it was given up.
+  """
+
+  status: str = MISSING
+  mean: float | None = None
+  se: float | None = None
+  rows: int = 0
+  seed_means: dict[str, float] = dataclasses.field(default_factory=dict)
+  difference: float | None = None
+  difference_se: float | None = None
+  paired_rows: int = 0
+  other_scores: dict[str, float] = dataclasses.field(default_factory=dict)
+  generations: int = 0
+  unfinished: int = 0
+  diverged: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """One dataset under every configuration.
+
+  Attributes:
+    name: the task's name.
+    title: the name for people.
+    headline: name of the score in `Entry.mean`, or '' before anything was scored.
+    rows: where its rows come from and how many there are (`rows` of a record).
+    entries: configuration -> entry, every configuration of the run included.
+  """
+
+  name: str
+  title: str
+  headline: str
+  rows: dict[str, Any]
+  entries: dict[str, Entry]
+
+  @property
+  def complete(self) -> bool:
+    """Whether every configuration is done."""
+    return all(entry.status == DONE for entry in self.entries.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+  """A configuration's scores averaged over the complete datasets, each counted alike."""
+
+  mean: float | None
+  se: float | None
+  difference: float | None
+  difference_se: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a configuration costs to train and to keep.
+
+  Attributes:
+    modules: names of the adapted modules.
+    trainable_params: numbers in an adapter.
+    adapter_bytes: its size.
+    tokens_per_second: real tokens, after the first step (which compiles); None for
+      runs of one step.
+    seconds: wall time of a run, compilation included, averaged over runs.
+    bad_steps: updates left out because they were not finite, over all runs.
+  """
+
+  modules: list[str]
+  trainable_params: int
+  adapter_bytes: int
+  tokens_per_second: float | None
+  seconds: float
+  bad_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """All of a report.
+
+  Attributes:
+    shared: what `RunDirectory.claim` was given.
+    base: the base's record.
+    configurations: names in the order of the tables, 'base' first.
+    datasets: in the order of the tables.
+    averages: configuration -> average; empty where no dataset is complete.
+    costs: configuration -> cost, of those that were trained.
+    latency: the content of latency.json, or None.
+    versions: package (and 'python', 'device') -> the versions that records name.
+  """
+
+  shared: dict[str, Any]
+  base: dict[str, str]
+  configurations: list[str]
+  datasets: list[Dataset]
+  averages: dict[str, Average]
+  costs: dict[str, Cost]
+  latency: dict[str, Any] | None
+  versions: dict[str, list[str]]
+
+  @property
+  def complete(self) -> list[Dataset]:
+    """The datasets that `averages` is over."""
+    return [dataset for dataset in self.datasets if dataset.complete]
+
+  def times(self, configuration: str) -> dict[str, float] | None:
+    """The configuration's entry of latency.json, or None."""
+    return self.latency['targets'].get(configuration) if self.latency else None
+
+
+def gather(run: RunDirectory) -> Results:
+  """Reads a run.
+
+  Raises:
+    UserError: there is nothing to report, or a record is damaged.
+  """
+  records = run.cells()
+  if not records or not (run.path / 'run.json').exists():
+    raise UserError(f'{run.path} holds no finished cells; run `python -m experiments.ablate` first')
+  groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+  for record in records:
+    groups.setdefault((record['cell']['dataset'], _configuration(record)), []).append(record)
+  configurations = _ordered({BASE, *(name for _, name in groups)}, (BASE, *ARTICLE_TARGETS))
+  names = _ordered({name for name, _ in groups}, tuple(TASKS))
+  datasets = [
+    _dataset(name, {key: groups.get((name, key), []) for key in configurations}) for name in names
+  ]
+  trained = {key: [] for key in configurations}
+  for record in records:
+    if 'train' in record:
+      trained[_configuration(record)].append(record)
+  latency_file = run.path / 'latency.json'
+  return Results(
+    shared=read_json(run.path / 'run.json')['shared'],
+    base=records[0]['base'],
+    configurations=configurations,
+    datasets=datasets,
+    averages=_averages([d for d in datasets if d.complete], configurations),
+    costs={key: _cost(runs) for key, runs in trained.items() if runs},
+    latency=read_json(latency_file) if latency_file.exists() else None,
+    versions={
+      package: sorted({record['versions'][package] for record in records})
+      for package in records[0]['versions']
+    },
+  )
+
+
+def _configuration(record: Mapping[str, Any]) -> str:
+  """Name of a record's column: its targets, and its arm where that is not the usual one."""
+  targets, arm = record['cell']['targets'], record['cell']['arm']
+  return targets if arm in ('', EQUAL_RANK) else f'{targets} ({arm})'
+
+
+def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
+  """`names` in the order of `first`; those it lacks follow by alphabet."""
+  rank = {name: i for i, name in enumerate(first)}
+  return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def _dataset(name: str, by_configuration: Mapping[str, list[dict[str, Any]]]) -> Dataset:
+  records = [record for group in by_configuration.values() for record in group]
+  scored = [record for record in records if record['status'] == DONE]
+  headline = scored[0]['scores']['headline'] if scored else ''
+  base_rows = _row_scores(by_configuration[BASE], headline)
+  return Dataset(
+    name=name,
+    title=TASKS[name].title if name in TASKS else name,
+    headline=headline,
+    rows=(scored or records)[0]['rows'],
+    entries={
+      key: _entry(group, headline, base_rows if key != BASE else {})
+      for key, group in by_configuration.items()
+    },
+  )
+
+
+def _entry(
+  records: Sequence[Mapping[str, Any]], headline: str, base_rows: Mapping[str, float]
+) -> Entry:
+  if not records:
+    return Entry()
+  records = sorted(records, key=lambda record: record['cell']['seed'])
+  diverged = {str(r['cell']['seed']): r['why'] for r in records if r['status'] == DIVERGED}
+  done = [record for record in records if record['status'] == DONE]
+  if not done:
+    return Entry(status=records[0]['status'], diverged=diverged)
+  rows = _row_scores(done, headline)
+  mean, se = mean_and_se(list(rows.values()))
+  # Rows are the same in all cells unless the data changed under the run.
+  shared = [rows[row] - base_rows[row] for row in rows if row in base_rows]
+  difference, difference_se = mean_and_se(shared) if shared else (None, None)
+  means = [record['scores']['means'] for record in done]
+  return Entry(
+    status=PARTLY_DIVERGED if diverged else DONE,
+    mean=mean,
+    se=se,
+    rows=len(rows),
+    seed_means={str(r['cell']['seed']): r['scores']['means'][headline] for r in done},
+    difference=difference,
+    difference_se=difference_se,
+    paired_rows=len(shared),
+    other_scores={
+      score: math.fsum(of_seed[score] for of_seed in means) / len(means)
+      for score in means[0]
+      if score != headline
+    },
+    generations=sum(len(record['scores']['rows']) for record in done),
+    unfinished=sum(record['scores']['unfinished'] for record in done),
+    diverged=diverged,
+  )
+
+
+def _row_scores(records: Iterable[Mapping[str, Any]], headline: str) -> dict[str, float]:
+  """Row id -> score in 0..100, averaged over the seeds; rows that every seed has."""
+  seeds = [
+    {row['id']: 100 * row[headline] for row in record['scores']['rows']}
+    for record in records
+    if record['status'] == DONE
+  ]
+  if not seeds:
+    return {}
+  return {
+    row: math.fsum(seed[row] for seed in seeds) / len(seeds)
+    for row in seeds[0]
+    if all(row in seed for seed in seeds)
+  }
+
+
+def mean_and_se(values: Sequence[float]) -> tuple[float, float | None]:
+  """The mean of at least one value and its standard error, None for a single value."""
+  mean = math.fsum(values) / len(values)
+  if len(values) < 2:
+    return mean, None
+  variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+  return mean, math.sqrt(variance / len(values))
+
+
+def _averages(datasets: Sequence[Dataset], configurations: Sequence[str]) -> dict[str, Average]:
+  if not datasets:
+    return {}
+  averages = {}
+  for key in configurations:
+    entries = [dataset.entries[key] for dataset in datasets]
+    averages[key] = Average(
+      mean=_average([entry.mean for entry in entries]),
+      se=_average_se([entry.se for entry in entries]),
+      difference=_average([entry.difference for entry in entries]),
+      difference_se=_average_se([entry.difference_se for entry in entries]),
+    )
+  return averages
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+  known = [value for value in values if value is not None]
+  return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
+def _average_se(errors: Sequence[float | None]) -> float | None:
+  """Of an average over datasets, whose rows have nothing to do with each other's."""
+  known = [error for error in errors if error is not None]
+  if len(known) < len(errors):
+    return None
+  return math.sqrt(math.fsum(error**2 for error in known)) / len(known)
+
+
+def _cost(records: Sequence[Mapping[str, Any]]) -> Cost:
+  runs = [record['train'] for record in records]
+  adapter = records[0]['lora']
+  # All steps have batches of about one size, so the first has its share of the tokens.
+  tokens = math.fsum(run['tokens'] * (1 - 1 / len(run['losses'])) for run in runs)
+  seconds = math.fsum(run['seconds'] - run['compile_seconds'] for run in runs)
+  return Cost(
+    modules=[path.rsplit('/', 1)[-1] for path in adapter['modules']],
+    trainable_params=adapter['trainable_params'],
+    adapter_bytes=adapter['adapter_bytes'],
+    tokens_per_second=tokens / seconds if tokens and seconds > 0 else None,
+    seconds=math.fsum(run['seconds'] for run in runs) / len(runs),
+    bad_steps=sum(run['bad_steps'] for run in runs),
+  )

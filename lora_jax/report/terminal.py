@@ -1,0 +1,108 @@
+"""The table of scores for a terminal of any width.
+
+Cells stand on one line where there is room and break at a space where there is not;
+columns that still do not fit go into a further table below.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lora_jax.report.results import NEEDS_VISION, PARTLY_DIVERGED, Average, Entry, Results
+from lora_jax.report.tables import best, entry_score, score
+
+# A longer word of a column's name, as of a regular expression, may be cut anywhere.
+_HEADER_WORD = 8
+
+# A row: its title and its cells by configuration.
+_Row = tuple[str, dict[str, str]]
+
+
+def render(results: Results, width: int) -> str:
+  """The table and the lines that explain its marks.
+
+  A star marks what is bold in Markdown, since bold does not survive a log file.
+
+  Args:
+    results: the numbers.
+    width: columns of the terminal; lines are no longer, unless a single column is.
+  """
+  unseen = [
+    dataset.title
+    for dataset in results.datasets
+    if any(entry.status == NEEDS_VISION for entry in dataset.entries.values())
+  ]
+  rows = [
+    (dataset.title, _cells(dataset.entries, _entry, best(results, row)))
+    for row, dataset in enumerate(results.datasets)
+    if dataset.title not in unseen
+  ]
+  if results.averages:
+    rows.append(('average', _cells(results.averages, _average, best(results, -1))))
+  legend = ['scores 0 to 100, ± standard error over test rows, * highest in its row']
+  if any('†' in cell for _, cells in rows for cell in cells.values()):
+    legend.append('† without the seeds that diverged')
+  if unseen:
+    legend.append(f'not run, needs vision: {", ".join(unseen)}')
+  return '\n'.join([*_tables(results.configurations, rows, width), *legend])
+
+
+def _tables(names: Sequence[str], rows: Sequence[_Row], width: int) -> list[str]:
+  titles = max((len(title) for title, _ in rows), default=0)
+  gap, widths = 2, {name: _needed(name, rows, lambda text: [text]) for name in names}
+  if titles + sum(widths.values()) + gap * len(widths) > width:
+    gap, widths = 1, {name: _needed(name, rows, str.split) for name in names}
+  blocks, room = [[]], width - titles
+  for name in names:
+    if blocks[-1] and room < gap + widths[name]:
+      blocks.append([])
+      room = width - titles
+    blocks[-1].append(name)
+    room -= gap + widths[name]
+  return [_table({name: widths[name] for name in block}, rows, gap, width) for block in blocks]
+
+
+def _needed(name: str, rows: Sequence[_Row], pieces: Callable[[str], list[str]]) -> int:
+  """The width of a column whose texts break into these pieces."""
+  cells = [len(piece) for _, row in rows for piece in pieces(row[name])]
+  return max([*cells, *(min(len(piece), _HEADER_WORD) for piece in pieces(_head(name)))])
+
+
+def _table(widths: Mapping[str, int], rows: Sequence[_Row], gap: int, width: int) -> str:
+  # The box itself sets one space between columns.
+  table = Table(box=rich.box.SIMPLE, padding=(0, 0, 0, gap - 1), pad_edge=False, show_edge=False)
+  table.add_column('', no_wrap=True)
+  for name, needed in widths.items():
+    table.add_column(Text(_head(name)), justify='right', width=needed, overflow='fold')
+  for title, cells in rows:
+    table.add_row(title, *(Text(cells[name]) for name in widths))
+  console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+  with console.capture() as captured:
+    console.print(table)
+  return '\n'.join([*(line.rstrip() for line in captured.get().splitlines()), ''])
+
+
+def _head(name: str) -> str:
+  # A space gives a set of targets a place to break.
+  return name.replace(',', ', ')
+
+
+def _cells(values: Mapping[str, Any], cell: Callable[[Any], str], top: set[str]) -> dict[str, str]:
+  return {
+    name: cell(value).replace('± ', '±') + '*' * (name in top) for name, value in values.items()
+  }
+
+
+def _entry(entry: Entry) -> str:
+  if entry.status == PARTLY_DIVERGED:
+    return f'{score(entry.mean, entry.se)}†'
+  return entry_score(entry)
+
+
+def _average(average: Average) -> str:
+  return score(average.mean, average.se)

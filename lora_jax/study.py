@@ -1,0 +1,247 @@
+"""Runs a grid of cells: for each dataset the base, and each target set with each seed.
+
+A cell that has a record is skipped, so a run that was stopped goes on where it was,
+and a longer grid keeps what a shorter one computed.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import checkpoint, latency, lora
+from lora_jax.data import builder
+from lora_jax.data.encode import budget
+from lora_jax.data.pipeline import (
+  batch_shape,
+  encode_split,
+  evaluation_batches,
+  training_batches,
+)
+from lora_jax.data.sources import Source
+from lora_jax.data.task import Task
+from lora_jax.errors import UserError
+from lora_jax.evaluate import Scores, score_task
+from lora_jax.hub.bases import Base
+from lora_jax.presets import EQUAL_RANK, Settings
+from lora_jax.records import Cell, RunDirectory, read_json, write_json
+from lora_jax.train import DivergedError, Outcome, train
+from lora_jax.transformer import Transformer
+
+_PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'numpy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """Which cells to run.
+
+  Attributes:
+    tasks: the datasets.
+    targets: comma-joined target sets; each is one configuration.
+    seeds: a cell of each target set for each seed.
+  """
+
+  tasks: tuple[Task, ...]
+  targets: tuple[str, ...]
+  seeds: tuple[int, ...]
+
+
+class Study:
+  """A grid over one base, written to one directory."""
+
+  def __init__(
+    self, settings: Settings, base: Base, source: Source, run: RunDirectory, cache_dir: Path
+  ):
+    """Puts the base on the device.
+
+    Args:
+      settings: what all cells share.
+      base: the frozen model.
+      source: where rows come from.
+      run: where records go.
+      cache_dir: where prepared rows are kept.
+    """
+    self._settings = settings
+    self._base = base
+    self._source = source
+    self._run = run
+    self._cache_dir = cache_dir
+    dtype = jnp.dtype(settings.train.dtype)
+    self._params = jax.tree.map(lambda x: jnp.asarray(x, dtype), base.params)
+    self._model = Transformer(base.config, dtype=dtype)
+    self._train_model = Transformer(base.config, dtype=dtype, remat=settings.train.remat)
+
+  def run(self, grid: Grid) -> None:
+    """Runs every cell that has no record, then times the target sets."""
+    for task in grid.tasks:
+      self._run_task(task, grid)
+    self._time_targets(grid)
+
+  def _run_task(self, task: Task, grid: Grid) -> None:
+    cells = [Cell(self._base.name, task.name, 'base', '', 0)]
+    cells += [
+      Cell(self._base.name, task.name, targets, EQUAL_RANK, seed)
+      for targets in grid.targets
+      for seed in grid.seeds
+    ]
+    cells = [cell for cell in cells if not self._run.finished(cell)]
+    if not cells:
+      return
+    if task.needs_vision:
+      for cell in cells:
+        self._run.write_cell(cell, {'status': 'needs vision', **self._provenance(task, None)})
+      return
+    rows = _Rows(task, self._source, self._base, self._settings, self._cache_dir)
+    for cell in cells:
+      self._run_cell(task, cell, rows)
+
+  def _run_cell(self, task: Task, cell: Cell, rows: '_Rows') -> None:
+    record: dict[str, Any] = self._provenance(task, rows)
+    label = f'{task.name} {cell.targets}' + ('' if cell.targets == 'base' else f' seed {cell.seed}')
+    params = self._params
+    if cell.targets != 'base':
+      paths = lora.resolve(cell.targets, self._params)
+      metrics_file = self._run.cell_file(cell).with_suffix('.metrics.jsonl')
+      metrics_file.parent.mkdir(parents=True, exist_ok=True)
+      with metrics_file.open('w') as metrics:
+        try:
+          outcome = train(
+            self._train_model,
+            self._params,
+            paths,
+            training_batches(rows.train, rows.shape, cell.seed),
+            rows.eval_batches,
+            self._settings.train,
+            self._settings.lora,
+            self._settings.optim,
+            cell.seed,
+            log=lambda entry: print(json.dumps(entry), file=metrics, flush=True),
+            what=f'train {label}',
+          )
+        except DivergedError as error:
+          print(f'{label}: {error}', file=sys.stderr)
+          self._run.write_cell(cell, {**record, 'status': 'diverged', 'why': str(error)})
+          return
+      checkpoint.save(self._run.cell_file(cell).with_suffix('.adapter'), outcome.adapters)
+      record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters))
+      record['train'] = _training_record(outcome)
+      params = lora.attach(self._params, outcome.adapters, self._settings.lora.scale)
+    scores = score_task(
+      self._model,
+      params,
+      task,
+      rows.test,
+      self._base.tokenizer,
+      rows.prompt_limit,
+      self._settings.eval,
+      what=f'score {label}',
+    )
+    record |= {'status': 'done', 'scores': _scores_record(scores)}
+    said = [{'id': row.id, 'prediction': row.prediction, **row.scores} for row in scores.rows]
+    self._run.write_cell(cell, record, said)
+    print(f'{label}: {scores.headline} {scores.means[scores.headline]:.1f}', file=sys.stderr)
+
+  def _provenance(self, task: Task, rows: '_Rows | None') -> dict[str, Any]:
+    return {
+      'settings': dataclasses.asdict(self._settings),
+      'base': self._base.record,
+      'rows': {
+        'source': self._source.kind,
+        'description': self._source.describe(task),
+        'note': task.note,
+        **({} if rows is None else rows.counts()),
+      },
+      'versions': versions(),
+    }
+
+  def _time_targets(self, grid: Grid) -> None:
+    """Times the base and all target sets together, unless that was done before."""
+    file = self._run.path / 'latency.json'
+    held = read_json(file)['targets'] if file.exists() else {}
+    if set(grid.targets) <= set(held):
+      return
+    names = dict.fromkeys([*grid.targets, *(name for name in held if name != 'base')])
+    paths = {targets: lora.resolve(targets, self._params) for targets in names}
+    settings = self._settings
+    times = latency.measure(
+      self._model, self._params, paths, settings.lora.rank, settings.latency_turns
+    )
+    write_json(
+      file,
+      {'targets': times, 'device': jax.devices()[0].device_kind, 'dtype': settings.train.dtype},
+    )
+
+
+class _Rows:
+  """A dataset's rows as this base sees them: encoded, split and shaped."""
+
+  def __init__(self, task: Task, source: Source, base: Base, settings: Settings, cache_dir: Path):
+    config = settings.train
+    splits = builder.prepare(task, source, cache_dir)
+    limits = budget(task, min(config.max_length, base.config.max_length))
+    self.prompt_limit = limits.prompt
+    self.test = list(splits['test'])[: settings.eval.test_rows or None]
+    encoded = encode_split(
+      task, splits['train'][: config.train_rows or None], base.tokenizer, limits
+    )
+    # The last rows watch the loss; too few rows to share all train.
+    kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
+    self.train = encoded[: len(encoded) - kept_out]
+    watched = encoded[len(encoded) - kept_out :]
+    if not self.train:
+      raise UserError(f'{task.name}: no rows to train on')
+    self.shape = batch_shape(encoded, config.tokens_per_batch)
+    self.eval_batches = evaluation_batches(watched, self.shape) if watched else []
+    self._cut = sum(row.cut for row in encoded)
+    self._watched = len(watched)
+
+  def counts(self) -> dict[str, int]:
+    return {
+      'train': len(self.train),
+      'eval': self._watched,
+      'test': len(self.test),
+      'cut_completions': self._cut,
+      'batch_rows': self.shape.rows,
+      'row_length': self.shape.length,
+      'prompt_limit': self.prompt_limit,
+    }
+
+
+def versions() -> dict[str, str]:
+  """Versions of what a result depends on."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {'python': platform.python_version(), 'device': jax.devices()[0].device_kind, **found}
+
+
+def _training_record(outcome: Outcome) -> dict[str, Any]:
+  fields = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
+  del fields['adapters']
+  # A NaN is no JSON number; the steps that had one are counted in `bad_steps`.
+  finite = lambda loss: loss if abs(loss) < float('inf') else None
+  fields['losses'] = [finite(loss) for loss in outcome.losses]
+  fields['eval_losses'] = [[step, finite(loss)] for step, loss in outcome.eval_losses]
+  return fields
+
+
+def _scores_record(scores: Scores) -> dict[str, Any]:
+  return {
+    'headline': scores.headline,
+    'means': scores.means,
+    'rows': [{'id': row.id, **row.scores} for row in scores.rows],
+    'generated_tokens': scores.generated_tokens,
+    'unfinished': scores.unfinished,
+    'seconds': scores.seconds,
+  }
+
+
+def check_targets(targets: Sequence[str], params: Any) -> None:
+  """Raises `UserError` for a target set that matches nothing."""
+  for names in targets:
+    lora.resolve(names, params)
