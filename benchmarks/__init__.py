@@ -1,0 +1,1 @@
+"""Benchmarks against peers, each on the same weights, rows and machine."""

@@ -1,0 +1,1 @@
+"""Launchers: start the project's commands on a machine or on many."""
