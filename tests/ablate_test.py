@@ -1,0 +1,140 @@
+"""The launcher as a user meets it: a process, its exit code, and what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ('--preset=smoke', '--targets=o_proj,fc2', '--steps=2', '--test_rows=2')
+
+
+def command(*arguments):
+  return [sys.executable, '-m', 'experiments.ablate', *arguments]
+
+
+def ablate(*arguments):
+  return subprocess.run(
+    command(*arguments), capture_output=True, text=True, cwd=ROOT, check=False, timeout=300
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """One small run over two datasets and the one that needs vision."""
+  out = tmp_path_factory.mktemp('run') / 'out'
+  arguments = (*SMOKE, '--datasets=medmcqa,cocohd,llava_cot', f'--out={out}')
+  return out, arguments, ablate(*arguments)
+
+
+def test_a_run_leaves_a_report_and_names_it(finished):
+  out, _, done = finished
+  assert done.returncode == 0, done.stderr
+  assert str(out / 'report.md') in done.stdout.splitlines()[-1]
+  results = json.loads((out / 'results.json').read_text())
+  assert {'medmcqa', 'cocohd'} <= set(json.dumps(results).replace('"', ' ').split())
+  report = (out / 'report.md').read_text()
+  assert 'MedMCQA' in report
+  assert 'needs vision' in report
+  assert 'synthetic' in report
+
+
+def test_records_hold_configuration_scores_and_versions(finished):
+  out, _, _ = finished
+  record = json.loads((out / 'cells' / 'cocohd-o_proj,fc2-equal_rank-seed0.json').read_text())
+  assert record['status'] == 'done'
+  assert record['settings']['train']['steps'] == len(record['train']['losses']) == 2
+  assert len(record['scores']['rows']) == 2
+  assert record['lora']['modules'] == ['layers/attn/o_proj', 'layers/mlp/down_proj']
+  assert record['versions']['jax']
+  assert (out / 'cells' / 'cocohd-o_proj,fc2-equal_rank-seed0.adapter').is_dir()
+  seeing = json.loads((out / 'cells' / 'llava_cot-base.json').read_text())
+  assert seeing['status'] == 'needs vision'
+
+
+def test_finished_cells_are_skipped_and_the_report_is_the_same(finished):
+  out, arguments, _ = finished
+  cells = {path: path.stat().st_mtime_ns for path in (out / 'cells').glob('*.json')}
+  report = (out / 'report.md').read_bytes()
+  again = ablate(*arguments)
+  assert again.returncode == 0, again.stderr
+  assert {path: path.stat().st_mtime_ns for path in (out / 'cells').glob('*.json')} == cells
+  assert (out / 'report.md').read_bytes() == report
+  assert 'train' not in again.stderr
+
+
+def test_other_settings_in_the_same_directory_are_refused(finished):
+  out, arguments, _ = finished
+  done = ablate(*arguments, '--rank=2')
+  assert done.returncode == 2
+  assert str(out) in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'says'),
+  [
+    (['--targets=banana'], ["'banana'", 'qkv, o_proj, fc1, fc2, all']),
+    (['--targets=o_proj', '--targets=fc2,banana'], ["'banana'"]),
+    (['--targets=o_proj['], ["'o_proj['"]),
+    (['--datasets=medmca'], ["'medmca'", 'medmcqa']),
+    (['--data=/no/such/place'], ['/no/such/place']),
+    (['--base=gpt'], ["'gpt'", 'smollm2-135m-instruct']),
+    (['--base=missing.gguf'], ['missing.gguf']),
+    (['--preset=huge'], ['huge', 'quick']),
+    (['--rank=0'], ['--rank=0']),
+    (['--lr=nan'], ['--lr=nan']),
+    (['--seeds=one'], ['--seeds=one']),
+    (['--out=/dev/null/x'], ['/dev/null/x']),
+    (['--no_such_flag'], ['no_such_flag']),
+    (['o_proj'], ["'o_proj'"]),
+  ],
+)
+def test_a_mistake_is_one_line_and_comes_first(arguments, says, tmp_path):
+  cache = tmp_path / 'cache'
+  done = ablate(f'--out={tmp_path / "out"}', f'--cache={cache}', *arguments)
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith('error: ')
+  for text in says:
+    assert text in done.stderr
+  assert not cache.exists(), 'something was downloaded or prepared before the check'
+
+
+def test_a_row_without_a_field_names_file_and_line(tmp_path):
+  folder = tmp_path / 'medmcqa'
+  folder.mkdir()
+  row = {'question': 'Which?', 'opa': 'a', 'opb': 'b', 'opc': 'c', 'opd': 'd', 'cop': 1}
+  broken = {key: value for key, value in row.items() if key != 'cop'}
+  (folder / 'train.jsonl').write_text(json.dumps(row) + '\n' + json.dumps(broken) + '\n')
+  (folder / 'test.jsonl').write_text(json.dumps(row) + '\n')
+  done = ablate('--preset=smoke', f'--data={tmp_path}', '--datasets=medmcqa')
+  assert done.returncode == 2, done.stderr
+  assert 'train.jsonl:2' in done.stderr
+  assert 'cop' in done.stderr
+
+
+def test_ctrl_c_keeps_finished_cells_and_the_run_goes_on(tmp_path):
+  out = tmp_path / 'out'
+  arguments = (*SMOKE, '--datasets=medmcqa,invoice_ocr', f'--out={out}')
+  process = subprocess.Popen(
+    command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+  )
+  first = out / 'cells' / 'medmcqa-base.json'
+  deadline = time.monotonic() + 240
+  while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.05)
+  os.kill(process.pid, signal.SIGINT)
+  _, said = process.communicate(timeout=120)
+  assert process.returncode == 130, said
+  assert 'Traceback' not in said
+  kept = first.stat().st_mtime_ns
+  whole = ablate(*arguments)
+  assert whole.returncode == 0, whole.stderr
+  assert first.stat().st_mtime_ns == kept
+  assert len(list((out / 'cells').glob('*.json'))) == 4

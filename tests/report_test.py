@@ -1,0 +1,374 @@
+"""The report states what the records say: each number, each status, and nothing else."""
+
+import io
+import json
+import math
+import random
+
+import pytest
+from PIL import Image
+from planted_run import HEADLINES, plant, plant_latency, plant_status, start
+
+from lora_jax.errors import UserError
+from lora_jax.presets import ARTICLE_TARGETS
+from lora_jax.records import Cell, RunDirectory, write_json
+from lora_jax.report import markdown, report, results, tables, terminal
+
+
+def section(text, title):
+  """Column -> cell of each row of a section's first table, by the row's first cell."""
+  lines = text.split(f'\n## {title}\n')[1].split('\n## ')[0].splitlines()
+  table = [
+    [cell.strip() for cell in line.strip('|').split(' | ')] for line in lines if line[:1] == '|'
+  ]
+  header, _, *rows = table
+  assert all(len(row) == len(header) for row in rows)
+  return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def written(run):
+  said = report.write(run)
+  held = json.loads((run.path / 'results.json').read_text())
+  return (run.path / 'report.md').read_text(), held, said
+
+
+@pytest.fixture
+def run(tmp_path):
+  """Two configurations on a dataset, with round numbers."""
+  run = start(tmp_path / 'run')
+  plant(run, 'medmcqa', 'base', [0, 0, 1, 1])
+  plant(run, 'medmcqa', 'o_proj', [0, 1, 1, 1])
+  plant(run, 'medmcqa', 'qkv', [1, 0, 0, 0])
+  return run
+
+
+def test_scores_and_differences_are_those_of_the_rows(run):
+  text, held, said = written(run)
+  # sd of (0, 0, 1, 1) is sqrt(1/3): 100 sqrt(1/3) / 2 = 28.9; three to one: 25.
+  assert section(text, 'Scores')['MedMCQA'] == {
+    'dataset': 'MedMCQA',
+    'score': '`accuracy`',
+    'rows': '4',
+    'base': '50.0 ± 28.9',
+    '`qkv`': '25.0 ± 25.0',
+    '`o_proj`': '**75.0 ± 25.0**',
+  }
+  # Row by row o_proj gains 0 1 0 0, and qkv gains 1 0 -1 -1.
+  differences = section(text, 'Differences to the base')['MedMCQA']
+  assert differences['`o_proj`'] == '+25.0 ± 25.0'
+  assert differences['`qkv`'] == '-25.0 ± 47.9'
+  entry = held['datasets']['medmcqa']['configurations']['qkv']
+  gaps = [1, 0, -1, -1]
+  by_hand = math.sqrt(sum((gap + 0.25) ** 2 for gap in gaps) / 3 / 4)
+  assert entry['difference'] == pytest.approx(-25)
+  assert entry['difference_se'] == pytest.approx(100 * by_hand)
+  assert (entry['rows'], entry['status'], entry['seed_means']) == (4, 'done', {'0': 25.0})
+  assert '75.0 ±25.0*' in said
+  assert said.endswith(f'report: {run.path / "report.md"}')
+
+
+def test_the_best_follows_the_records(run):
+  plant(run, 'medmcqa', 'o_proj', [1, 0, 0, 0])
+  plant(run, 'medmcqa', 'qkv', [0, 1, 1, 1])
+  cells = section(written(run)[0], 'Scores')['MedMCQA']
+  assert [name for name, cell in cells.items() if '**' in cell] == ['`qkv`']
+  for targets in ('base', 'o_proj', 'qkv'):
+    plant(run, 'medmcqa', targets, [1, 0, 0, 1])
+  assert '**' not in str(section(written(run)[0], 'Scores'))
+
+
+@pytest.mark.parametrize(
+  ('mean', 'se', 'cell'),
+  [
+    (3.0, 2.0, '+3.0 ± 2.0 ▲'),
+    (4.1, 2.0, '+4.1 ± 2.0 ▲▲'),
+    (-2.1, 2.0, '-2.1 ± 2.0 ▼'),
+    (-9.0, 2.0, '-9.0 ± 2.0 ▼▼'),
+    (2.0, 2.0, '+2.0 ± 2.0'),
+    (-0.04, 0.2, '+0.0 ± 0.2'),
+    (5.0, None, '+5.0'),
+    (None, None, '-'),
+  ],
+)
+def test_arrows_count_standard_errors(mean, se, cell):
+  assert tables.difference(mean, se) == cell
+
+
+def test_seeds_are_averaged_row_by_row_before_the_error(tmp_path):
+  run = start(tmp_path)
+  plant(run, 'medmcqa', 'base', [0, 0, 1, 1])
+  plant(run, 'medmcqa', 'o_proj', [0, 1, 1, 1], seed=0)
+  plant(run, 'medmcqa', 'o_proj', [1, 0, 1, 1], seed=10)
+  plant(run, 'medmcqa', 'o_proj', [0, 0, 1, 1], seed=2)
+  text, held, _ = written(run)
+  entry = held['datasets']['medmcqa']['configurations']['o_proj']
+  by_row = [100 / 3, 100 / 3, 100, 100]
+  mean = sum(by_row) / 4
+  assert entry['mean'] == pytest.approx(mean)
+  assert entry['se'] == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in by_row) / 12))
+  gaps = [100 / 3, 100 / 3, 0, 0]
+  mean = sum(gaps) / 4
+  assert entry['difference_se'] == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in gaps) / 12))
+  # By number, where a file listing has 10 before 2.
+  assert section(text, 'Each seed')['MedMCQA']['`o_proj`'] == '75.0, 50.0, 75.0'
+  assert '3 seeds (0, 2, 10)' in text
+  assert 'averaged over the seeds first' in text
+
+
+def test_statuses_stand_where_scores_would(run):
+  plant(run, 'cocohd', 'base', [0.25, 0.5])
+  plant_status(run, 'cocohd', 'o_proj', 'diverged', why='5 updates in a row were not finite')
+  for targets in ('base', 'o_proj', 'qkv'):
+    plant_status(run, 'llava_cot', targets, 'needs vision')
+  text, held, said = written(run)
+  scores = section(text, 'Scores')
+  assert list(scores) == ['MedMCQA', 'CoCoHD', 'LLaVA-CoT', 'average of 1']
+  assert scores['CoCoHD']['`o_proj`'] == 'diverged'
+  assert scores['CoCoHD']['`qkv`'] == '-'
+  assert scores['LLaVA-CoT']['`qkv`'] == 'needs vision'
+  assert '- CoCoHD, `o_proj`, seed 0: diverged (5 updates in a row were not finite).' in text
+  assert 'LLaVA-CoT was not run: its task needs the image' in text
+  # Only MedMCQA has every configuration.
+  assert scores['average of 1']['`qkv`'] == scores['MedMCQA']['`qkv`']
+  assert held['average']['datasets'] == ['medmcqa']
+  statuses = held['datasets']['cocohd']['configurations']
+  assert [statuses[key]['status'] for key in ('base', 'o_proj', 'qkv')] == [
+    'done',
+    'diverged',
+    'missing',
+  ]
+  assert statuses['qkv']['mean'] is None
+  assert 'diverged' in said
+  assert 'needs vision: LLaVA-CoT' in said
+
+
+def test_a_seed_that_diverged_is_told_and_is_no_winner(run):
+  plant_status(run, 'medmcqa', 'o_proj', 'diverged', seed=1, why='not finite')
+  plant(run, 'medmcqa', 'o_proj', [0, 1, 1, 1], seed=10)
+  text, held, said = written(run)
+  cells = section(text, 'Scores')['MedMCQA']
+  assert cells['`o_proj`'] == '75.0 ± 25.0 (1 of 3 seeds diverged)'
+  assert section(text, 'Each seed')['MedMCQA']['`o_proj`'] == '75.0, diverged, 75.0'
+  assert '75.0 ±25.0†' in said
+  assert '† without the seeds that diverged' in said
+  assert cells['base'] == '**50.0 ± 28.9**'
+  assert 'average of' not in text
+  assert held['average']['configurations'] == {}
+
+
+def test_datasets_count_alike_in_the_average(run):
+  plant(run, 'cocohd', 'base', [0.0, 0.5])
+  plant(run, 'cocohd', 'o_proj', [0.5, 0.9])
+  plant(run, 'cocohd', 'qkv', [0.1, 0.2])
+  text, held, _ = written(run)
+  average = held['average']['configurations']['o_proj']
+  assert average['mean'] == pytest.approx((75 + 70) / 2)
+  assert average['se'] == pytest.approx(math.hypot(25, 20) / 2)
+  assert average['difference'] == pytest.approx((25 + 45) / 2)
+  # CoCoHD rows gain 50 and 40: a standard error of 5.
+  assert average['difference_se'] == pytest.approx(math.hypot(25, 5) / 2)
+  assert section(text, 'Scores')['average of 2']['`o_proj`'] == '**72.5 ± 16.0**'
+  assert section(text, 'Differences to the base')['average of 2']['`o_proj`'] == '+35.0 ± 12.7 ▲▲'
+
+
+def test_columns_have_the_articles_order_and_others_follow(tmp_path):
+  run = start(tmp_path)
+  others = ['.*/q_proj', 'down_proj']
+  for targets in random.Random(0).sample(['base', *ARTICLE_TARGETS, *others], 11):
+    plant(run, 'medmcqa', targets, [0, 1])
+  text, held, _ = written(run)
+  assert held['order']['configurations'] == ['base', *ARTICLE_TARGETS, *others]
+  columns = list(section(text, 'Scores')['MedMCQA'])
+  assert columns[3:] == ['base', *(f'`{name}`' for name in (*ARTICLE_TARGETS, *others))]
+
+
+def test_costs_latency_and_other_scores(run):
+  plant(run, 'cocohd', 'base', [0.25, 0.5], unfinished=2, others={'valid_json': 0.5})
+  plant(run, 'cocohd', 'o_proj', [0.5, 0.5], unfinished=0, others={'valid_json': 1.0})
+  plant_latency(run, o_proj=1.08, fc2=1.2)
+  text, held, _ = written(run)
+  # 4 steps of 2000 tokens: three of them in 25 - 5 seconds.
+  assert section(text, 'Size and training')['`o_proj`'] == {
+    'targets': '`o_proj`',
+    'modules': 'o_proj',
+    'trainable parameters': '1,234,567',
+    'adapter MiB': '1.50',
+    'tokens/s': '300',
+    's a run': '25.0',
+  }
+  latency = section(text, 'Latency')
+  assert list(latency) == ['`base`', '`o_proj`', '`fc2`']
+  assert latency['`o_proj`']['prefill ms'] == '270'
+  assert latency['`o_proj`']['decoded token ms'] == '13.5'
+  assert latency['`o_proj`']['ratio to base'] == '1.08 (1.07 to 1.10)'
+  other = section(text, 'Other scores')['CoCoHD']
+  assert (other['score'], other['base'], other['`o_proj`']) == ('`valid_json`', '50.0', '100.0')
+  assert other['`qkv`'] == '-'
+  assert 'CoCoHD, answers stopped by the token limit before their end: `base` 2 of 2.' in text
+  cell = held['datasets']['cocohd']['configurations']['o_proj']
+  assert (cell['trainable_params'], cell['adapter_bytes']) == (1_234_567, 1_572_864)
+  assert (cell['prefill_ratio'], cell['decode_ratio']) == (1.08, 1.08)
+  assert cell['other_scores'] == {'valid_json': 100.0}
+
+
+def test_what_was_run_is_said(run):
+  text, held, _ = written(run)
+  for fact in (
+    '`smollm2-135m-instruct`',
+    'dequantised Q4_1',
+    '`b179c9523d0e`',
+    'rank 16',
+    'alpha 32',
+    '0.0005',
+    '4 times that for B',
+    '16 steps of 2,048 tokens',
+    '512 tokens',
+    'bfloat16',
+    '1 seed (0)',
+    'preset `quick`',
+    'the files in the directory `../rows`',
+    'jax 0.12.0',
+    'device cpu',
+  ):
+    assert fact in text
+  rows = section(text, 'Rows and tasks')['MedMCQA']
+  assert (rows['trained on'], rows['watched'], rows['scored']) == ('292', '8', '4')
+  assert '- MedMCQA: Posed plainly.' in text
+  assert 'Note:' not in text
+  assert held['preset'] == 'quick'
+
+
+def test_settings_of_no_preset_are_not_called_one(tmp_path):
+  run = start(tmp_path, steps=17)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  text, held, _ = written(run)
+  assert 'preset `' not in text
+  assert held['preset'] is None
+
+
+def test_scores_that_mean_little_are_told_so(tmp_path):
+  run = start(tmp_path, base='tiny', data='synthetic')
+  plant(run, 'medmcqa', 'base', [0, 1])
+  file = run.cell_file(Cell('tiny', 'medmcqa', 'base', '', 0))
+  record = json.loads(file.read_text())
+  record['base']['name'] = 'tiny'
+  record['rows']['source'] = 'synthetic'
+  write_json(file, record)
+  text, held, said = written(run)
+  for told in (text, said, str(held['warnings'])):
+    assert 'random weights' in told
+    assert 'nothing of the real datasets' in told
+  assert 'Only the base was run.' in text
+
+
+def test_no_path_of_the_machine_gets_in(tmp_path):
+  base = '/home/someone/models/llama.gguf'
+  run = start(tmp_path, base=base, data='/home/someone/my, data')
+  plant(
+    run,
+    'medmcqa',
+    'base',
+    [0, 1],
+    description='directory /home/someone/my, data/medmcqa, 300 train, 120 test',
+  )
+  file = run.cell_file(Cell(base, 'medmcqa', 'base', '', 0))
+  record = json.loads(file.read_text())
+  record['base']['name'] = base
+  write_json(file, record)
+  text, held, _ = written(run)
+  assert 'someone' not in text + json.dumps(held)
+  assert 'llama.gguf' in text
+  assert 'directory my, data/medmcqa, 300 train, 120 test' in text
+
+
+def test_rows_that_the_base_lacks_are_left_out_of_the_difference(run):
+  plant(run, 'medmcqa', 'o_proj', [0, 1, 1, 1, 1, 1])
+  text, held, _ = written(run)
+  entry = held['datasets']['medmcqa']['configurations']['o_proj']
+  assert (entry['rows'], entry['paired_rows']) == (6, 4)
+  assert entry['difference'] == pytest.approx(25)
+  assert "only 4 of its 6 test rows are the base's" in text
+
+
+def test_a_single_row_has_no_error(tmp_path):
+  run = start(tmp_path)
+  plant(run, 'medmcqa', 'base', [0])
+  plant(run, 'medmcqa', 'o_proj', [1])
+  text, held, _ = written(run)
+  assert section(text, 'Scores')['MedMCQA']['`o_proj`'] == '**100.0**'
+  assert section(text, 'Differences to the base')['MedMCQA']['`o_proj`'] == '+100.0'
+  assert held['average']['configurations']['o_proj']['se'] is None
+
+
+def test_same_records_give_same_bytes(tmp_path):
+  files = ('report.md', 'results.json', markdown.PLOT)
+  cells = [
+    (dataset, targets, [(i * 7 + j) % 10 / 10 for j in range(11)], seed)
+    for dataset in HEADLINES
+    for i, targets in enumerate(('base', 'o_proj', 'o_proj,fc2'))
+    for seed in ((0,) if targets == 'base' else (0, 1, 2))
+  ]
+  found = []
+  for order in range(3):
+    run = start(tmp_path / str(order))
+    for dataset, targets, rows, seed in random.Random(order).sample(cells, len(cells)):
+      plant(run, dataset, targets, rows, seed)
+    plant_latency(run, **{'o_proj': 1.05, 'o_proj,fc2': 1.11})
+    for _ in range(2):
+      report.write(run)
+      found.append([(run.path / file).read_bytes() for file in files])
+  assert all(bytes_ == found[0] for bytes_ in found)
+
+
+def test_the_plot_is_drawn_where_there_is_latency(run):
+  assert not (run.path / markdown.PLOT).exists()
+  assert markdown.PLOT not in written(run)[0]
+  plant_latency(run, o_proj=1.1, qkv=1.05)
+  text = written(run)[0]
+  assert f']({markdown.PLOT})' in text
+  blank = Image.open(io.BytesIO((run.path / markdown.PLOT).read_bytes())).convert('L')
+  assert blank.size[0] > blank.size[1] > 300
+  assert blank.getextrema() == (0, 255)
+  (run.path / 'latency.json').unlink()
+  assert markdown.PLOT not in written(run)[0]
+  assert not (run.path / markdown.PLOT).exists()
+
+
+def test_names_with_special_characters_break_no_table_or_plot(run):
+  name = '.*(q_proj|[o]_proj)$'
+  plant(run, 'medmcqa', name, [0, 1, 1, 1])
+  plant_latency(run, **{name: 1.1})
+  text, _, said = written(run)
+  assert '`.*(q_proj\\|[o]_proj)$`' in section(text, 'Scores')['MedMCQA']
+  # A narrow column cuts a long name, and loses nothing of it.
+  assert '.*(q_proj|[' in said
+  assert 'o]_proj)$' in said
+
+
+@pytest.mark.parametrize('width', [40, 80, 120, 200])
+def test_the_articles_grid_fits_a_terminal(tmp_path, width):
+  run = start(tmp_path)
+  for targets in ('base', *ARTICLE_TARGETS):
+    for dataset in ('fincot', 'govreport', 'medmcqa', 'medreason', 'cocohd', 'invoice_ocr'):
+      plant(run, dataset, targets, [0.3, 0.4, 0.7])
+    plant_status(run, 'llava_cot', targets, 'needs vision')
+  plant_status(run, 'fincot', 'qkv', 'diverged', why='not finite')
+  table = terminal.render(results.gather(run), width)
+  assert max(map(len, table.split('scores 0 to 100')[0].splitlines())) <= width
+  # Cells may break at a space, never within a word, and none is lost.
+  assert table.count('46.7') == 6 * 9 - 1 + 9
+  assert table.count('±12.0') == 6 * 9 - 1
+  for word in ('diverged', 'Invoice OCR', 'MedReason', 'base', 'o_proj,', 'all'):
+    assert word in table
+
+
+def test_nothing_to_report_is_a_users_mistake(tmp_path):
+  with pytest.raises(UserError, match='no finished cells'):
+    report.write(RunDirectory(tmp_path / 'nowhere'))
+  run = start(tmp_path)
+  with pytest.raises(UserError, match='no finished cells'):
+    report.write(run)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  (run.path / 'latency.json').write_text('{')
+  with pytest.raises(UserError, match=r'latency\.json is not a readable record'):
+    report.write(run)
