@@ -30,11 +30,13 @@ def load(directory: Path, like: Mapping[str, Any]) -> Any:
   Raises:
     UserError: there is no adapter, or it has other modules or shapes.
   """
-  if not directory.is_dir():
-    raise UserError(f'no adapter in {directory}; give the .adapter directory of a finished cell')
   with ocp.StandardCheckpointer() as checkpointer:
     try:
       return checkpointer.restore(directory.absolute(), jax.eval_shape(lambda: like))
+    except FileNotFoundError as error:
+      raise UserError(
+        f'no adapter in {directory}; give the .adapter directory of a finished cell'
+      ) from error
     except (ValueError, KeyError) as error:
       reason = str(error).splitlines()[0]
       raise UserError(f'{directory} holds another adapter than expected: {reason}') from error

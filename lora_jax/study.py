@@ -80,9 +80,18 @@ class Study:
 
   def run(self, grid: Grid) -> None:
     """Runs every cell that has no record, then times the target sets."""
+    for targets in grid.targets:
+      print(f'{targets}: {self._summary(targets)}', file=sys.stderr)
     for task in grid.tasks:
       self._run_task(task, grid)
     self._time_targets(grid)
+
+  def _summary(self, targets: str) -> lora.Summary:
+    """What an adapter on `targets` holds, from its shapes alone."""
+    paths = lora.resolve(targets, self._params)
+    rank = self._settings.lora.rank
+    fresh = lambda: lora.init(jax.random.key(0), self._params, paths, rank)
+    return lora.summarise(jax.eval_shape(fresh))
 
   def _run_task(self, task: Task, grid: Grid) -> None:
     cells = [Cell(self._base.name, task.name, 'base', '', 0)]

@@ -21,6 +21,9 @@ from lora_jax.hub.tokenizer import ChatTokenizer
 # Rows of a batch are a multiple of this, which suits every device's matrix units.
 _ROW_MULTIPLE = 128
 
+# Rows that packing keeps open at once; more of them leave less padding, up to here.
+_OPEN_ROWS = 32
+
 # tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32.
 Batch = dict[str, np.ndarray]
 
@@ -68,7 +71,7 @@ def training_batches(rows: Sequence[Encoded], shape: BatchShape, seed: int) -> I
   packed = grain.experimental.FirstFitPackIterDataset(
     dataset,
     length_struct=_lengths(rows[0], shape),
-    num_packing_bins=max(8, shape.rows),
+    num_packing_bins=max(_OPEN_ROWS, shape.rows),
     seed=seed,
   )
   return iter(packed.batch(shape.rows, drop_remainder=True).map(_named))
@@ -80,7 +83,7 @@ def evaluation_batches(rows: Sequence[Encoded], shape: BatchShape) -> list[Batch
   packed = grain.experimental.FirstFitPackIterDataset(
     dataset,
     length_struct=_lengths(rows[0], shape),
-    num_packing_bins=max(8, shape.rows),
+    num_packing_bins=max(_OPEN_ROWS, shape.rows),
     shuffle_bins=False,
   )
   batches = [_named(batch) for batch in packed.batch(shape.rows)]
