@@ -16,7 +16,7 @@ RUN = [
   'jinja2',
   'matplotlib',
   'numpy',
-  'optax',
+  'optax>=0.2.8',
   'orbax-checkpoint',
   'pillow',
   'rich',

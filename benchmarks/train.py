@@ -134,7 +134,7 @@ def compare(options: Options) -> dict[str, dict[str, Any]]:
   )
   with tempfile.TemporaryDirectory() as folder:
     examples = builder.prepare(medmcqa.TASK, source, folder)['train'][: options.train_rows]
-    limits = encode.budget(medmcqa.TASK, options.max_length)
+    limits = encode.budget(medmcqa.TASK, options.max_length, medmcqa.TASK.max_new_tokens)
     rows = pipeline.encode_split(medmcqa.TASK, examples, base.tokenizer, limits)
   count = options.steps + 2
   settings = [

@@ -17,8 +17,9 @@ from pathlib import Path
 from absl import flags
 
 from experiments import _launcher
+from lora_jax.config import CACHE
 from lora_jax.errors import UserError
-from lora_jax.presets import ARTICLE_TARGETS, PRESETS, Settings
+from lora_jax.presets import ARTICLE_TARGETS, PRESETS, SYNTHETIC_TEST, SYNTHETIC_TRAIN, Settings
 
 _TARGETS = flags.DEFINE_multi_string(
   'targets', [], 'A set of targets, joined by commas; repeat the flag for more sets.'
@@ -31,7 +32,7 @@ _BASE = flags.DEFINE_string('base', None, "A base's name, or a .gguf file.")
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
-_CACHE = flags.DEFINE_string('cache', '~/.cache/lora_jax', 'Directory of downloads.')
+_CACHE = flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
 
 # Flags that change a preset: (section of Settings, its field).
 _OVERRIDES = {
@@ -111,6 +112,7 @@ def main() -> None:
   # The project's modules take a few seconds to import; --help should not wait for them.
   import jax
 
+  from lora_jax import lora
   from lora_jax.config import ModelConfig
   from lora_jax.data import sources, tasks
   from lora_jax.hub import bases
@@ -133,7 +135,7 @@ def main() -> None:
     mlp_dim=2,
     max_length=2,
   )
-  targets = tuple(dict.fromkeys(_TARGETS.value)) or ARTICLE_TARGETS
+  targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or ARTICLE_TARGETS
   check_targets(targets, abstract_params(smallest))
   grid = Grid(tasks.by_names(_DATASETS.value or tasks.TASKS), targets, _seeds())
   settings = settings_from_flags()
@@ -144,22 +146,23 @@ def main() -> None:
   run = RunDirectory(Path(_OUT.value or f'runs/{_PRESET.value}'))
   run.claim({'settings': dataclasses.asdict(settings), 'data': _DATA.value})
 
-  base = bases.load(settings.base, cache)
-  print(f'base {base.name}: {base.record["weights"]}, sha256 {base.record["sha256"][:12]}')
   try:
+    base = bases.load(settings.base, cache)
+    print(f'base {base.name}: {base.record["weights"]}, sha256 {base.record["sha256"][:12]}')
     Study(settings, base, source, run, cache / 'rows').run(grid)
+    print(report.write(run))
   except KeyboardInterrupt:
     print(
       f'\nstopped; finished cells are in {run.path}, the same command goes on from there',
       file=sys.stderr,
     )
     sys.exit(130)
-  print(report.write(run))
 
 
 def _source(settings: Settings, sources):
   if _DATA.value == 'synthetic':
-    return sources.Synthetic(seed=0, train=settings.synthetic_train, test=settings.synthetic_test)
+    train = settings.train.train_rows or SYNTHETIC_TRAIN
+    return sources.Synthetic(seed=0, train=train, test=settings.eval.test_rows or SYNTHETIC_TEST)
   if _DATA.value == 'hub':
     return sources.Hub()
   return sources.Directory(Path(_DATA.value).expanduser())

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+# Where downloads, prepared rows and compiled programs are kept unless told otherwise.
+CACHE = '~/.cache/lora_jax'
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -61,7 +64,7 @@ class OptimConfig:
   Attributes:
     learning_rate: peak rate of A.
     lr_ratio: rate of B over rate of A (LoRA+; 1 is plain LoRA).
-    warmup: share of the steps over which the rate rises from 0.
+    warmup: share of the steps over which the rate rises to its peak.
     final_rate: the rate at the last step as a share of the peak.
     beta1: decay of Adam's first moment.
     beta2: decay of Adam's second moment.

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.config import EvalConfig
-from lora_jax.data.encode import encode_prompt
 from lora_jax.data.task import Example, Task
 from lora_jax.errors import UserError
 from lora_jax.generate import generate
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.progress import Progress
-from lora_jax.transformer import Transformer, frozen_head
+from lora_jax.transformer import Transformer, head_kernel, logits
 
 # Padded prompt lengths below which a batch's shape is rounded up, so that a whole test
 # split compiles a handful of programs.
@@ -63,8 +61,9 @@ def score_task(
   task: Task,
   examples: Sequence[Example],
   tokenizer: ChatTokenizer,
-  prompt_limit: int,
-  config: EvalConfig,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  batch_rows: int,
   what: str = 'score',
 ) -> Scores:
   """Predicts every example and scores the predictions.
@@ -75,24 +74,23 @@ def score_task(
     task: how rows are posed and scored.
     examples: the test rows; at least one.
     tokenizer: the base's.
-    prompt_limit: tokens that a prompt may take; documents are cut to fit.
-    config: batch and limits.
+    prompts: token ids of each example's prompt, from `encode_prompt`.
+    max_new_tokens: the longest prediction, its end included.
+    batch_rows: prompts that run together.
     what: name of the work for the progress display.
 
   Raises:
-    UserError: a prompt does not fit, or a choice is not one token of this base.
+    UserError: a choice is not one token of this base.
   """
   start = time.perf_counter()
-  prompts = [encode_prompt(task, example, tokenizer, prompt_limit) for example in examples]
   # Rows of like length share a batch, so that little of it is padding.
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   predictions = [''] * len(prompts)
   generated = unfinished = 0
-  limit = min(task.max_new_tokens, config.max_new_tokens)
   with Progress(what, len(prompts), unit='row') as progress:
-    for at in range(0, len(order), config.batch_rows):
-      chosen = order[at : at + config.batch_rows]
-      tokens, lengths = pad_prompts([prompts[i] for i in chosen], config.batch_rows)
+    for at in range(0, len(order), batch_rows):
+      chosen = order[at : at + batch_rows]
+      tokens, lengths = pad_prompts([prompts[i] for i in chosen], batch_rows)
       if task.choices is not None:
         candidates = [_choice_ids(task, examples[i], tokenizer) for i in chosen]
         for i, best in zip(
@@ -100,12 +98,12 @@ def score_task(
         ):
           predictions[i] = task.choices(examples[i])[best]
       else:
-        out = np.asarray(generate(model, params, tokens, lengths, limit, tokenizer.eos_id))
+        out = np.asarray(generate(model, params, tokens, lengths, max_new_tokens, tokenizer.eos_id))
         for i, ids in zip(chosen, out, strict=False):
           ends = np.flatnonzero(ids == tokenizer.eos_id)
-          length = int(ends[0]) if len(ends) else limit
+          length = int(ends[0]) if len(ends) else max_new_tokens
           predictions[i] = tokenizer.decode(ids[:length])
-          generated += min(length + 1, limit)
+          generated += min(length + 1, max_new_tokens)
           unfinished += not len(ends)
       progress.advance(len(chosen))
   rows = [
@@ -143,7 +141,7 @@ def next_log_probs(
   hidden_BTD, _ = model.apply({'params': params}, prompts_BT)
   last_B = jnp.maximum(lengths_B - 1, 0)
   hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-  return jax.nn.log_softmax(frozen_head(model, params)(hidden_BD))
+  return jax.nn.log_softmax(logits(hidden_BD, head_kernel(model, params)))
 
 
 def _choose(model, params, tokens, lengths, candidates: Sequence[Sequence[int]]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.transformer import KeyValues, Transformer, frozen_head
+from lora_jax.transformer import KeyValues, Transformer, head_kernel, logits
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -42,8 +42,8 @@ def generate(
   batch, time = prompts_BT.shape
   variables = {'params': params}
 
-  head = frozen_head(model, params)
-  next_token = lambda hidden_BD: jnp.argmax(head(hidden_BD), axis=-1).astype(jnp.int32)
+  head = head_kernel(model, params)
+  next_token = lambda hidden_BD: jnp.argmax(logits(hidden_BD, head), axis=-1).astype(jnp.int32)
 
   hidden_BTD, prompt_kv = model.apply(variables, prompts_BT)
   last_B = jnp.maximum(lengths_B - 1, 0)

@@ -93,6 +93,12 @@ def split(targets: str) -> tuple[str, ...]:
   return names
 
 
+def canonical(targets: str) -> str:
+  """One spelling for a set of targets: no spaces or repeats, the article's names first."""
+  names = dict.fromkeys(split(targets))
+  return ','.join([*(n for n in GROUPS if n in names), *(n for n in names if n not in GROUPS)])
+
+
 def init(key: jax.Array, params: Params, paths: Iterable[str], rank: int) -> dict:
   """Makes a fresh adapter, which changes nothing: B is zero.
 

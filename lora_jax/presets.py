@@ -15,8 +15,6 @@ class Settings:
     optim: hyperparameters, the same for every target set (the article's protocol).
     train: length of training.
     eval: how much is scored.
-    synthetic_train: training rows of the synthetic source.
-    synthetic_test: test rows of the synthetic source.
     latency_turns: how often each target set is timed.
   """
 
@@ -25,8 +23,6 @@ class Settings:
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-  synthetic_train: int = 1000
-  synthetic_test: int = 100
   latency_turns: int = 10
 
 
@@ -39,8 +35,6 @@ PRESETS = {
       steps=4, tokens_per_batch=2048, max_length=1024, train_rows=64, eval_rows=4, eval_every=4
     ),
     eval=EvalConfig(test_rows=4, batch_rows=4, max_new_tokens=8),
-    synthetic_train=64,
-    synthetic_test=8,
     latency_turns=3,
   ),
   # The default: every dataset on two CPU cores while one waits.
@@ -49,8 +43,6 @@ PRESETS = {
       steps=16, tokens_per_batch=2048, max_length=512, train_rows=512, eval_rows=8, eval_every=8
     ),
     eval=EvalConfig(test_rows=32, batch_rows=16, max_new_tokens=160),
-    synthetic_train=512,
-    synthetic_test=32,
     latency_turns=7,
   ),
   # The public recipe nearest to the article (Nova 2 Lite: 100 steps with 15 of warm-up,
@@ -61,11 +53,14 @@ PRESETS = {
       learning_rate=1e-5, lr_ratio=64, warmup=0.15, final_rate=0.1, beta1=0.9, beta2=0.95
     ),
     train=TrainConfig(
-      steps=100, tokens_per_batch=65_536, max_length=8192, eval_rows=64, eval_every=20, remat=True
+      steps=100,
+      tokens_per_batch=65_536,
+      max_length=8192,
+      eval_rows=64,
+      eval_every=20,
+      remat=True,
     ),
     eval=EvalConfig(batch_rows=64, max_new_tokens=1024),
-    synthetic_train=8192,
-    synthetic_test=500,
     latency_turns=30,
   ),
 }
@@ -82,3 +77,6 @@ ARTICLE_TARGETS = (
   'all',
 )
 EQUAL_RANK = 'equal_rank'
+
+# Rows that are generated where the settings ask for all there are.
+SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 200

@@ -1,8 +1,10 @@
 """Progress of long work: a live bar on a terminal, plain lines in a log.
 
-with Progress('train medmcqa', total=steps) as progress:
-for ...:
-progress.advance(loss=loss)
+    with Progress('train medmcqa', total=steps) as progress:
+      for ...:
+        progress.advance(loss=loss)
+
+Both go to stderr and say rate and time left.
 """
 
 import sys

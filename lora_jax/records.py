@@ -10,16 +10,22 @@ A file appears whole or not at all, so what exists is finished and is never redo
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from flax.traverse_util import flatten_dict
 
 from lora_jax.errors import UserError
 
 FORMAT = 1
+
+# File systems allow 255 bytes; dataset, arm, seed and suffix need theirs.
+_LONGEST_NAME = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Cell:
       return f'{self.dataset}-base'
     # A regular expression may hold anything; escaped, two never fall on one name.
     safe = urllib.parse.quote(self.targets, safe=',+')
+    if len(safe) > _LONGEST_NAME:
+      safe = f'{safe[:_LONGEST_NAME]}-{hashlib.sha256(self.targets.encode()).hexdigest()[:8]}'
     return f'{self.dataset}-{safe}-{self.arm}-seed{self.seed}'
 
 
@@ -114,11 +122,12 @@ class RunDirectory:
       held = record.get('shared') if isinstance(record, dict) else None
       if not isinstance(held, dict):
         raise UserError(f'{file} is not a run of format {FORMAT}; give another --out')
-      differing = [key for key in sorted({*held, *shared}) if held.get(key) != shared.get(key)]
+      old, new = flatten_dict(held, sep='.'), flatten_dict(shared, sep='.')
+      differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
       if differing:
         key = differing[0]
         raise UserError(
-          f'{self.path} holds a run with {key}={held.get(key)!r}, not {shared.get(key)!r}; '
+          f'{self.path} holds a run with {key}={old.get(key)!r}, not {new.get(key)!r}; '
           'give another --out or the same settings'
         )
     write_json(file, {'format': FORMAT, 'shared': shared})
@@ -127,9 +136,36 @@ class RunDirectory:
     """Where the cell's record is, or would be."""
     return self.path / 'cells' / f'{cell.name}.json'
 
-  def finished(self, cell: Cell) -> bool:
-    """Whether the cell has a record."""
-    return self.cell_file(cell).exists()
+  def finished(self, cell: Cell, provenance: Mapping[str, str]) -> bool:
+    """Whether the cell has a record.
+
+    Args:
+      cell: the cell.
+      provenance: what the record must have been made from, as `write_cell` was given
+        it: scores of other rows or of another base must not stand beside new ones.
+
+    Raises:
+      UserError: there is a record, made from something else.
+    """
+    file = self.cell_file(cell)
+    if not file.exists():
+      return False
+    held = read_json(file).get('provenance', {})
+    for what, value in provenance.items():
+      if held.get(what) != value:
+        raise UserError(
+          f'{file} was made from other {what} than there are now; give another --out or delete it'
+        )
+    return True
+
+  def open_metrics(self, cell: Cell) -> TextIO:
+    """Opens the file that a cell's metrics go to while it trains, emptied."""
+    file = self.cell_file(cell).with_suffix('.metrics.jsonl')
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      return file.open('w', encoding='utf-8')
+    except OSError as error:
+      raise UserError(f'cannot write {file}: {error.strerror}; give another --out') from error
 
   def write_cell(
     self, cell: Cell, record: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]] = ()

@@ -5,20 +5,23 @@ and a longer grid keeps what a shorter one computed.
 """
 
 import dataclasses
+import functools
+import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import checkpoint, latency, lora
 from lora_jax.data import builder
-from lora_jax.data.encode import budget
+from lora_jax.data.encode import budget, encode_prompt
 from lora_jax.data.pipeline import (
   batch_shape,
   encode_split,
@@ -79,11 +82,27 @@ class Study:
     self._train_model = Transformer(base.config, dtype=dtype, remat=settings.train.remat)
 
   def run(self, grid: Grid) -> None:
-    """Runs every cell that has no record, then times the target sets."""
+    """Runs every cell that has no record, then times the target sets.
+
+    Raises:
+      UserError: rows that cannot be used, before anything is trained.
+    """
     for targets in grid.targets:
       print(f'{targets}: {self._summary(targets)}', file=sys.stderr)
+    unfinished = {task.name: self._unfinished(task, grid) for task in grid.tasks}
+    # All rows are read before the first cell, so that a bad one does not end a long run.
+    rows = {
+      task.name: _Rows(task, self._source, self._base, self._settings, self._cache_dir)
+      for task in grid.tasks
+      if unfinished[task.name] and not task.needs_vision
+    }
     for task in grid.tasks:
-      self._run_task(task, grid)
+      for cell in unfinished[task.name]:
+        if task.needs_vision:
+          record = {'status': 'needs vision', **self._provenance(task, None)}
+          self._run.write_cell(cell, record)
+        else:
+          self._run_cell(task, cell, rows[task.name])
     self._time_targets(grid)
 
   def _summary(self, targets: str) -> lora.Summary:
@@ -93,23 +112,20 @@ class Study:
     fresh = lambda: lora.init(jax.random.key(0), self._params, paths, rank)
     return lora.summarise(jax.eval_shape(fresh))
 
-  def _run_task(self, task: Task, grid: Grid) -> None:
+  def _unfinished(self, task: Task, grid: Grid) -> list[Cell]:
     cells = [Cell(self._base.name, task.name, 'base', '', 0)]
     cells += [
       Cell(self._base.name, task.name, targets, EQUAL_RANK, seed)
       for targets in grid.targets
       for seed in grid.seeds
     ]
-    cells = [cell for cell in cells if not self._run.finished(cell)]
-    if not cells:
-      return
-    if task.needs_vision:
-      for cell in cells:
-        self._run.write_cell(cell, {'status': 'needs vision', **self._provenance(task, None)})
-      return
-    rows = _Rows(task, self._source, self._base, self._settings, self._cache_dir)
-    for cell in cells:
-      self._run_cell(task, cell, rows)
+    made_from = self._made_from(task)
+    return [cell for cell in cells if not self._run.finished(cell, made_from)]
+
+  def _made_from(self, task: Task) -> dict[str, str]:
+    """What a task's scores depend on beside the settings, in short."""
+    rows = hashlib.sha256(self._source.fingerprint(task).encode()).hexdigest()
+    return {'rows': rows, 'base': self._base.record['sha256']}
 
   def _run_cell(self, task: Task, cell: Cell, rows: '_Rows') -> None:
     record: dict[str, Any] = self._provenance(task, rows)
@@ -117,9 +133,7 @@ class Study:
     params = self._params
     if cell.targets != 'base':
       paths = lora.resolve(cell.targets, self._params)
-      metrics_file = self._run.cell_file(cell).with_suffix('.metrics.jsonl')
-      metrics_file.parent.mkdir(parents=True, exist_ok=True)
-      with metrics_file.open('w') as metrics:
+      with self._run.open_metrics(cell) as metrics:
         try:
           outcome = train(
             self._train_model,
@@ -131,7 +145,7 @@ class Study:
             self._settings.lora,
             self._settings.optim,
             cell.seed,
-            log=lambda entry: print(json.dumps(entry), file=metrics, flush=True),
+            log=functools.partial(_log, metrics),
             what=f'train {label}',
           )
         except DivergedError as error:
@@ -148,8 +162,9 @@ class Study:
       task,
       rows.test,
       self._base.tokenizer,
-      rows.prompt_limit,
-      self._settings.eval,
+      rows.prompts,
+      rows.limits.completion,
+      self._settings.eval.batch_rows,
       what=f'score {label}',
     )
     record |= {'status': 'done', 'scores': _scores_record(scores)}
@@ -161,6 +176,7 @@ class Study:
     return {
       'settings': dataclasses.asdict(self._settings),
       'base': self._base.record,
+      'provenance': self._made_from(task),
       'rows': {
         'source': self._source.kind,
         'description': self._source.describe(task),
@@ -194,33 +210,53 @@ class _Rows:
   def __init__(self, task: Task, source: Source, base: Base, settings: Settings, cache_dir: Path):
     config = settings.train
     splits = builder.prepare(task, source, cache_dir)
-    limits = budget(task, min(config.max_length, base.config.max_length))
-    self.prompt_limit = limits.prompt
+    max_length = min(config.max_length, base.config.max_length)
+    self.limits = budget(task, max_length, settings.eval.max_new_tokens)
     self.test = list(splits['test'])[: settings.eval.test_rows or None]
-    encoded = encode_split(
-      task, splits['train'][: config.train_rows or None], base.tokenizer, limits
-    )
+    self.prompts = [
+      encode_prompt(task, example, base.tokenizer, self.limits.prompt) for example in self.test
+    ]
+    examples = splits['train'][: config.train_rows or None]
+    encoded = encode_split(task, examples, base.tokenizer, self.limits)
     # The last rows watch the loss; too few rows to share all train.
     kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
     self.train = encoded[: len(encoded) - kept_out]
     watched = encoded[len(encoded) - kept_out :]
     if not self.train:
-      raise UserError(f'{task.name}: no rows to train on')
+      raise UserError(f'{task.name}: no train row fits in {max_length} tokens; raise --max_length')
     self.shape = batch_shape(encoded, config.tokens_per_batch)
     self.eval_batches = evaluation_batches(watched, self.shape) if watched else []
-    self._cut = sum(row.cut for row in encoded)
-    self._watched = len(watched)
-
-  def counts(self) -> dict[str, int]:
-    return {
+    self._counts = {
       'train': len(self.train),
-      'eval': self._watched,
+      'eval': len(watched),
       'test': len(self.test),
-      'cut_completions': self._cut,
+      'left_out': len(examples) - len(encoded),
+      'cut_completions': sum(row.cut for row in encoded),
       'batch_rows': self.shape.rows,
       'row_length': self.shape.length,
-      'prompt_limit': self.prompt_limit,
+      'prompt_limit': self.limits.prompt,
     }
+    if self._counts['cut_completions'] > len(encoded) / 2:
+      print(
+        f'{task.name}: {self._counts["cut_completions"]} of {len(encoded)} answers to learn are '
+        f'longer than {self.limits.completion} tokens and are cut; raise --max_new_tokens',
+        file=sys.stderr,
+      )
+
+  def counts(self) -> dict[str, int]:
+    """For the record: how many rows, and in what shape."""
+    return self._counts
+
+
+def _log(file: TextIO, entry: Mapping[str, float]) -> None:
+  """Writes a line of metrics; what is not finite is no JSON number and becomes null."""
+  print(
+    json.dumps({k: _finite(v) for k, v in entry.items()}, allow_nan=False), file=file, flush=True
+  )
+
+
+def _finite(value: float) -> float | None:
+  return value if math.isfinite(value) else None
 
 
 def versions() -> dict[str, str]:
@@ -232,10 +268,8 @@ def versions() -> dict[str, str]:
 def _training_record(outcome: Outcome) -> dict[str, Any]:
   fields = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
   del fields['adapters']
-  # A NaN is no JSON number; the steps that had one are counted in `bad_steps`.
-  finite = lambda loss: loss if abs(loss) < float('inf') else None
-  fields['losses'] = [finite(loss) for loss in outcome.losses]
-  fields['eval_losses'] = [[step, finite(loss)] for step, loss in outcome.eval_losses]
+  fields['losses'] = [_finite(loss) for loss in outcome.losses]
+  fields['eval_losses'] = [[step, _finite(loss)] for step, loss in outcome.eval_losses]
   return fields
 
 

@@ -22,7 +22,7 @@ from lora_jax.data.pipeline import Batch
 from lora_jax.loss import completion_loss
 from lora_jax.optim import optimizer
 from lora_jax.progress import Progress
-from lora_jax.transformer import Transformer, frozen_head
+from lora_jax.transformer import Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
 
@@ -45,7 +45,7 @@ class TrainState:
     step: updates so far, int32.
     adapters: the adapter tree, float32.
     opt_state: the optimiser's state.
-    key: PRNG key of dropout.
+    key: PRNG key of dropout, the same at every step; the step's number is folded in.
   """
 
   step: jax.Array
@@ -67,6 +67,7 @@ class Outcome:
     examples: rows seen, counted each time.
     seconds: time of the loop, compilation included.
     compile_seconds: time until the first step had ended.
+    eval_seconds: time spent on the rows kept out.
     bad_steps: updates left out because they were not finite.
   """
 
@@ -78,6 +79,7 @@ class Outcome:
   examples: int
   seconds: float
   compile_seconds: float
+  eval_seconds: float
   bad_steps: int
 
 
@@ -96,7 +98,8 @@ def batch_loss(
     {'params': params}, batch['tokens'], batch['positions'], batch['segments']
   )
   # The head is no target, so the frozen parameters serve it.
-  total = completion_loss(frozen_head(model, base), hidden_BTD, batch['targets'], batch['weights'])
+  head = functools.partial(logits, kernel=head_kernel(model, base))
+  total = completion_loss(head, hidden_BTD, batch['targets'], batch['weights'])
   return total, batch['weights'].sum()
 
 
@@ -107,7 +110,7 @@ def make_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, base, batch):
-    key, dropout_key = jax.random.split(state.key)
+    dropout_key = jax.random.fold_in(state.key, state.step)
 
     def mean_loss(adapters):
       total, count = batch_loss(
@@ -121,11 +124,11 @@ def make_step(
     adapters = optax.apply_updates(state.adapters, updates)
     metrics = {
       'loss': loss,
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
       'bad_in_a_row': opt_state.notfinite_count,
       'bad_steps': opt_state.total_notfinite,
     }
-    return TrainState(state.step + 1, adapters, opt_state, key), metrics
+    return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
 
   return step
 
@@ -184,7 +187,7 @@ def train(
     The outcome.
 
   Raises:
-    DivergedError: several updates in a row were not finite.
+    DivergedError: several updates in a row, or all of them, were not finite.
   """
   tx = optimizer(optim_config, config.steps)
   adapters = lora.init(jax.random.key(seed), base, paths, lora_config.rank)
@@ -193,7 +196,7 @@ def train(
   evaluate = make_evaluation(model, lora_config)
   losses, eval_losses = [], []
   tokens = completion_tokens = examples = bad_steps = 0
-  start, compile_seconds = time.perf_counter(), 0.0
+  start, compile_seconds, eval_seconds = time.perf_counter(), 0.0, 0.0
 
   def record(number, metrics):
     """Reads a step's metrics, one step late, so that the device never waits for us."""
@@ -220,10 +223,15 @@ def train(
         compile_seconds = time.perf_counter() - start
       pending = (number, metrics)
       if eval_batches and (number % config.eval_every == 0 or number == config.steps):
+        jax.block_until_ready(metrics)
+        eval_start = time.perf_counter()
         eval_losses.append((number, evaluate(base, state.adapters, eval_batches)))
+        eval_seconds += time.perf_counter() - eval_start
         log({'step': number, 'eval_loss': eval_losses[-1][1]})
     if pending is not None:
       record(*pending)
+  if bad_steps == config.steps:
+    raise DivergedError(f'none of the {config.steps} updates was finite')
   return Outcome(
     adapters=state.adapters,
     losses=losses,
@@ -233,5 +241,6 @@ def train(
     examples=examples,
     seconds=time.perf_counter() - start,
     compile_seconds=compile_seconds,
+    eval_seconds=eval_seconds,
     bad_steps=bad_steps,
   )

@@ -20,7 +20,7 @@ logits, so that a loss on few positions does not pay for the vocabulary on all.
   logits_BTV = model.apply({'params': params}, hidden_BTD, method='head')
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from lora_jax.attention import attend, causal_mask, self_attend
 from lora_jax.config import ModelConfig
-from lora_jax.kernels import dot
+from lora_jax.kernels import Kernel, dot
 
 _init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
@@ -165,13 +165,11 @@ class Transformer(nn.Module):
     config: the shape.
     dtype: of activations and products; norms, softmax and rotations are float32.
     remat: recompute each block in the backward pass instead of keeping its insides.
-    unroll: blocks per iteration of the scan over layers.
   """
 
   config: ModelConfig
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
-  unroll: int = 1
 
   def setup(self):
     c = self.config
@@ -185,7 +183,6 @@ class Transformer(nn.Module):
       split_rngs={'params': True},
       in_axes=axes,
       length=c.num_layers,
-      unroll=self.unroll,
     )(c)
     self.norm = RMSNorm(c.norm_eps)
     if not c.tie_embeddings:
@@ -223,8 +220,7 @@ class Transformer(nn.Module):
     """Hidden states (..., D) to float32 logits (..., V)."""
     if not self.config.tie_embeddings:
       return self.lm_head(hidden).astype(jnp.float32)
-    table_VD = self.embed_tokens.embedding
-    return jnp.matmul(hidden, table_VD.astype(hidden.dtype).T).astype(jnp.float32)
+    return logits(hidden, self.embed_tokens.embedding.T)
 
   def init_all(self, tokens_BT: jax.Array) -> jax.Array:
     """Touches every parameter, the head's too: the method to `init` with."""
@@ -245,15 +241,18 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
   return dict(Transformer(config).init(key, tokens, method='init_all')['params'])
 
 
-def frozen_head(model: Transformer, params: Mapping[str, Any]) -> Callable[[jax.Array], jax.Array]:
-  """`Transformer.head` for many calls in one program: hidden (..., D) -> logits (..., V).
+def head_kernel(model: Transformer, params: Mapping[str, Any]) -> Kernel:
+  """The head as a kernel (D, V), laid out once for many products.
 
   A tied table is (V, D) and the product wants (D, V). Left to itself the compiler
-  multiplies by the transposed view each time, several times slower on a CPU; here it
-  is turned once.
+  multiplies by the transposed view each time, several times slower on a CPU.
   """
   if not model.config.tie_embeddings:
-    return lambda hidden: dot(hidden, params['lm_head']['kernel']).astype(jnp.float32)
+    return params['lm_head']['kernel']
   table_DV = params['embed_tokens']['embedding'].astype(model.dtype).T
-  table_DV = jax.lax.optimization_barrier(table_DV)
-  return lambda hidden: jnp.matmul(hidden, table_DV).astype(jnp.float32)
+  return jax.lax.optimization_barrier(table_DV)
+
+
+def logits(hidden: jax.Array, kernel: Kernel) -> jax.Array:
+  """Hidden states (..., D) times the head's kernel (D, V): float32 logits (..., V)."""
+  return dot(hidden, kernel).astype(jnp.float32)

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import gguf as gguf_package
 import numpy as np
 import pytest
 import tiny_gguf
 from gguf import GGMLQuantizationType
 
+from lora_jax.config import CACHE
 from lora_jax.errors import UserError
 from lora_jax.hub import bases, gguf, gguf_llama
 
@@ -163,7 +166,7 @@ def test_base_header_as_the_package_reads_it(base_path):
 @pytest.fixture(scope='module')
 def base_path():
   bases.load('smollm2-135m-instruct')
-  return bases.DEFAULT_CACHE.expanduser() / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+  return Path(CACHE).expanduser() / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 
 @pytest.mark.base

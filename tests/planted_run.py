@@ -48,6 +48,7 @@ def plant(run, dataset, targets, rows, seed=0, unfinished=0, others=None, descri
       'examples': 40,
       'seconds': 25.0,
       'compile_seconds': 5.0,
+      'eval_seconds': 0.0,
       'bad_steps': 0,
     },
   }
@@ -78,6 +79,7 @@ def common(test, description):
       'train': 292,
       'eval': 8,
       'test': test,
+      'left_out': 0,
       'cut_completions': 0,
       'batch_rows': 4,
       'row_length': 512,

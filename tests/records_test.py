@@ -11,6 +11,7 @@ from lora_jax import records
 from lora_jax.errors import UserError
 from lora_jax.records import Cell, RunDirectory
 
+MADE_FROM = {'rows': '12ab', 'base': '34cd'}
 CELL = Cell('tiny', 'medmcqa', 'o_proj,fc2', 'equal_rank', 3)
 
 
@@ -67,7 +68,7 @@ def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
     run.claim({'rank': 4})
   with pytest.raises(UserError, match=r'cannot write .*; give another --out'):
     RunDirectory(tmp_path / 'file').claim({'rank': 4})
-  assert not run.finished(CELL)
+  assert not run.finished(CELL, MADE_FROM)
   assert run.cells() == []
 
 
@@ -110,10 +111,10 @@ def test_bytes_that_are_no_text_are_damage(tmp_path):
 
 def test_a_cell_is_finished_once_it_has_its_record(tmp_path):
   run = RunDirectory(tmp_path)
-  assert not run.finished(CELL)
+  assert not run.finished(CELL, MADE_FROM)
   run.write_cell(CELL, {'status': 'done'}, [{'id': 'r0', 'prediction': 'ž\n▲'}, {'id': 'r1'}])
-  assert run.finished(CELL)
-  assert not run.finished(dataclasses.replace(CELL, seed=4))
+  assert run.finished(CELL, {})
+  assert not run.finished(dataclasses.replace(CELL, seed=4), {})
   (held,) = run.cells()
   assert held == {'format': 1, 'cell': dataclasses.asdict(CELL), 'status': 'done'}
   lines = run.cell_file(CELL).with_suffix('.predictions.jsonl').read_text('utf-8').splitlines()
@@ -159,3 +160,31 @@ def test_different_cells_have_different_files(tmp_path):
   # Each is a plain file of the one folder, whatever a regular expression holds.
   assert {path.parent for path in paths} == {tmp_path / 'cells'}
   assert all('/' not in cell.name and not cell.name.startswith('.') for cell in cells)
+
+
+def test_a_record_of_other_rows_or_another_base_is_refused(tmp_path):
+  run = RunDirectory(tmp_path)
+  run.write_cell(CELL, {'status': 'done', 'provenance': MADE_FROM})
+  assert run.finished(CELL, MADE_FROM)
+  for what in MADE_FROM:
+    with pytest.raises(UserError, match=f'{CELL.name}.*{what}'):
+      run.finished(CELL, {**MADE_FROM, what: 'other'})
+
+
+def test_a_refused_setting_is_named_by_its_path(tmp_path):
+  run = RunDirectory(tmp_path)
+  run.claim({'settings': {'lora': {'rank': 4, 'alpha': 8}}})
+  with pytest.raises(UserError, match=r'settings\.lora\.rank=4, not 16;'):
+    run.claim({'settings': {'lora': {'rank': 16, 'alpha': 8}}})
+
+
+def test_a_very_long_regular_expression_still_names_a_file(tmp_path):
+  cells = [
+    dataclasses.replace(CELL, targets='|'.join(f'layers/attn/{end}' * 9 for end in ends))
+    for ends in ('qkv', 'qko')
+  ]
+  run = RunDirectory(tmp_path)
+  for cell in cells:
+    with run.open_metrics(cell):
+      run.write_cell(cell, {})
+  assert len(run.cells()) == 2

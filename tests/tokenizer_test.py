@@ -1,6 +1,7 @@
 import itertools
 import pickle
 import re
+from pathlib import Path
 from unicodedata import category
 
 import numpy as np
@@ -9,6 +10,7 @@ import tiny_gguf
 from gguf import TokenType
 from tokenizers import pre_tokenizers
 
+from lora_jax.config import CACHE
 from lora_jax.errors import UserError
 from lora_jax.hub import bases, gguf, tokenizer
 
@@ -68,7 +70,7 @@ def forged_chat(rng, specials):
 @pytest.fixture(scope='module')
 def base_file():
   bases.load('smollm2-135m-instruct')
-  return gguf.open_file(bases.DEFAULT_CACHE.expanduser() / 'SmolLM2-135M-Instruct.Q4_1.gguf')
+  return gguf.open_file(Path(CACHE).expanduser() / 'SmolLM2-135M-Instruct.Q4_1.gguf')
 
 
 @pytest.fixture(scope='module', params=['tiny', pytest.param('base', marks=pytest.mark.base)])

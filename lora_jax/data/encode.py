@@ -30,9 +30,17 @@ class Budget:
   completion: int
 
 
-def budget(task: Task, max_length: int) -> Budget:
-  """Splits a row of `max_length` tokens between prompt and completion."""
-  completion = min(task.max_new_tokens + 1, max_length // 2)
+class PromptTooLongError(UserError):
+  """A row's prompt does not fit, even without its document."""
+
+
+def budget(task: Task, max_length: int, max_new_tokens: int) -> Budget:
+  """Splits a row of `max_length` tokens between prompt and completion.
+
+  The completion gets what a prediction may take and no more: to train on longer
+  ones would teach answers that scoring cuts off.
+  """
+  completion = min(task.max_new_tokens, max_new_tokens, max_length // 2)
   return Budget(prompt=max_length - completion, completion=completion)
 
 
@@ -42,12 +50,12 @@ def encode_prompt(task: Task, example: Example, tokenizer: ChatTokenizer, limit:
   Only the prompt's document is cut, from its end.
 
   Raises:
-    UserError: the prompt does not fit even without its document.
+    PromptTooLongError: the prompt does not fit even without its document.
   """
   prompt = task.prompt(example)
   ids = _chat(prompt, 0, tokenizer)
   if len(ids) > limit:
-    raise UserError(
+    raise PromptTooLongError(
       f'{task.name} row {example["id"]}: its prompt takes {len(ids)} tokens, {limit} are allowed; '
       'raise --max_length or leave the row out'
     )
@@ -90,7 +98,7 @@ def encode_example(
   A completion over its budget is cut, and then does not teach the end of the turn.
 
   Raises:
-    UserError: as `encode_prompt`.
+    PromptTooLongError: as `encode_prompt`.
   """
   prompt = encode_prompt(task, example, tokenizer, limits.prompt)
   completion = [*tokenizer.encode_plain(task.target(example)), tokenizer.eos_id]

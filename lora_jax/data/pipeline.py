@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from lora_jax.data.encode import Budget, Encoded, encode_example
+from lora_jax.data.encode import Budget, Encoded, PromptTooLongError, encode_example
 from lora_jax.data.task import Example, Task
 from lora_jax.hub.tokenizer import ChatTokenizer
 
@@ -39,9 +39,16 @@ class BatchShape:
 def encode_split(
   task: Task, examples: Sequence[Example], tokenizer: ChatTokenizer, limits: Budget
 ) -> list[Encoded]:
-  """Reads and encodes a split through grain, in order."""
-  encode = lambda example: encode_example(task, example, tokenizer, limits)
-  return list(grain.MapDataset.source(examples).map(encode).to_iter_dataset())
+  """Reads and encodes a split through grain, in order; rows too long to train on are left out."""
+
+  def encode(example: Example) -> Encoded | None:
+    try:
+      return encode_example(task, example, tokenizer, limits)
+    except PromptTooLongError:
+      return None
+
+  encoded = grain.MapDataset.source(examples).map(encode).to_iter_dataset(allow_nones=True)
+  return [row for row in encoded if row is not None]
 
 
 def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:

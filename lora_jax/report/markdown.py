@@ -274,20 +274,20 @@ def _rows(results: Results) -> str:
       portable(dataset.rows['description']),
       *(str(dataset.rows.get(key, NOTHING)) for key in ('train', 'eval', 'test')),
       *(str(dataset.rows.get(key, NOTHING)) for key in ('row_length', 'prompt_limit')),
-      str(dataset.rows.get('cut_completions', NOTHING)),
+      *(str(dataset.rows.get(key, NOTHING)) for key in ('left_out', 'cut_completions')),
     ]
     for dataset in results.datasets
   ]
   header = ['dataset', 'source', 'trained on', 'watched', 'scored']
-  header += ['row length', 'prompt limit', 'completions cut']
+  header += ['row length', 'prompt limit', 'left out', 'completions cut']
   notes = [f'- {d.title}: {d.rows["note"]}' for d in results.datasets if d.rows['note']]
   return '\n\n'.join(
     [
       tables.markdown(header, rows, left=2)
       + '\n\nWatched: rows of the train split kept out of training to follow the loss. Row length: '
       'tokens of a training row, which packs several examples where they are short. Prompt limit: '
-      'tokens of a prompt, whose document is cut to fit. Completions cut: training targets longer '
-      'than the budget.',
+      'tokens of a prompt, whose document is cut to fit. Left out: training '
+      'rows whose prompt does not fit. Completions cut: training targets longer than the budget.',
       *(['\n'.join(notes)] if notes else []),
     ]
   )

@@ -305,7 +305,7 @@ def _cost(records: Sequence[Mapping[str, Any]]) -> Cost:
   adapter = records[0]['lora']
   # All steps have batches of about one size, so the first has its share of the tokens.
   tokens = math.fsum(run['tokens'] * (1 - 1 / len(run['losses'])) for run in runs)
-  seconds = math.fsum(run['seconds'] - run['compile_seconds'] for run in runs)
+  seconds = math.fsum(run['seconds'] - run['compile_seconds'] - run['eval_seconds'] for run in runs)
   return Cost(
     modules=[path.rsplit('/', 1)[-1] for path in adapter['modules']],
     trainable_params=adapter['trainable_params'],

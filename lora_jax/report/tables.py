@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from lora_jax.report.results import DONE, MISSING, PARTLY_DIVERGED, Entry, Results
 
 NOTHING = '-'
-# A longer word of a column's name, as in a regular expression, may be cut anywhere.
-_HEADER_WORD = 8
 
 
 def score(mean: float | None, se: float | None) -> str:
