@@ -22,7 +22,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
   """AdamW over an adapter tree, with the rate of every `b` leaf times `lr_ratio`.
 
-  LoRA+ (Hayou et al. 2024): B should learn faster than A. An update with a NaN or
+  LoRA+ (Hayou et al. 2024): B should learn faster than A. A gradient with a NaN or
   an infinity is left out and counted (`optax.apply_if_finite`).
 
   Args:
@@ -44,5 +44,5 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     optax.masked(optax.scale(config.lr_ratio), is_b),
     optax.scale_by_learning_rate(schedule(config, steps)),
   )
-  # The trainer stops long before so many: a bad update is never applied.
+  # The trainer stops long before so many: a bad gradient is never applied.
   return optax.apply_if_finite(chain, max_consecutive_errors=2**30)

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.attention import attend, causal_mask, self_attend
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+
+
+def draw(batch, time, dtype=jnp.float32, seed=0):
+  """q_BTNH, k_BKTH, v_BKTH."""
+  rng = np.random.default_rng([seed, time])
+  q = rng.standard_normal((batch, time, HEADS, HEAD_DIM))
+  k, v = rng.standard_normal((2, batch, KV_HEADS, time, HEAD_DIM))
+  return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+
+
+def rising(batch, time):
+  return jnp.broadcast_to(jnp.arange(time), (batch, time))
+
+
+def by_definition(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
+  """Softmax attention in float64, each query head against its own key head."""
+  out = np.zeros(q_BTNH.shape)
+  for b in range(q_BTNH.shape[0]):
+    for n in range(HEADS):
+      q, kv_head = np.asarray(q_BTNH, np.float64)[b, :, n], n // (HEADS // KV_HEADS)
+      k, v = (np.asarray(x, np.float64)[b, kv_head] for x in (k_BKSH, v_BKSH))
+      scores = np.where(mask_BTS[b], q @ k.T / HEAD_DIM**0.5, -np.inf)
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      out[b, :, n] = weights / weights.sum(-1, keepdims=True) @ v
+  return out
+
+
+def random_mask(batch, queries, keys):
+  mask = np.random.default_rng(0).random((batch, queries, keys)) < 0.5
+  # Every query sees something.
+  mask[:, :, 0] = True
+  return jnp.asarray(mask)
+
+
+def test_follows_the_definition():
+  (q, _, _), (_, k, v) = draw(2, 5), draw(2, 11)
+  mask = random_mask(2, 5, 11)
+  np.testing.assert_allclose(attend(q, [(k, v, mask)]), by_definition(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize('cuts', [(4,), (1, 7), (10,)])
+def test_parts_equal_the_whole(cuts):
+  (q, _, _), (_, k, v) = draw(2, 5), draw(2, 11)
+  mask = random_mask(2, 5, 11)
+  split = lambda x, axis: jnp.split(x, cuts, axis)
+  parts = list(zip(split(k, 2), split(v, 2), split(mask, 2), strict=True))
+  np.testing.assert_allclose(attend(q, parts), attend(q, [(k, v, mask)]), atol=1e-5)
+
+
+def test_a_part_that_nobody_sees_changes_nothing():
+  (q, k, v), (_, more_k, more_v) = draw(2, 5), draw(2, 3, seed=1)
+  seen = (k, v, causal_mask(rising(2, 5), rising(2, 5)))
+  hidden = (more_k, 100 * more_v, jnp.zeros((2, 5, 3), bool))
+  for parts in ([seen, hidden], [hidden, seen]):
+    np.testing.assert_allclose(attend(q, parts), attend(q, [seen]), atol=1e-6)
+
+
+def test_large_scores_and_queries_that_see_nothing_stay_finite():
+  q, k, v = draw(1, 4)
+  mask = causal_mask(rising(1, 4), rising(1, 4)).at[0, 2].set(False)
+
+  def loss(q, k, v):
+    return jnp.sum(attend(q, [(k, v, mask)]) ** 2)
+
+  for leaf in (loss(1e3 * q, 1e3 * k, v), *jax.grad(loss, (0, 1, 2))(1e3 * q, 1e3 * k, v)):
+    assert jnp.isfinite(leaf).all()
+
+
+def test_bfloat16_in_is_bfloat16_out():
+  q, k, v = draw(2, 6, jnp.bfloat16)
+  out = self_attend(q, k, v, rising(2, 6))
+  assert out.dtype == jnp.bfloat16
+  mask = causal_mask(rising(2, 6), rising(2, 6))
+  np.testing.assert_allclose(out.astype(jnp.float32), by_definition(q, k, v, mask), atol=0.05)
+
+
+def test_mask_is_causal_and_keeps_segments_apart():
+  positions = jnp.asarray([[0, 1, 2, 0, 1]])
+  segments = jnp.asarray([[1, 1, 1, 2, 2]])
+  mask = causal_mask(positions, positions, segments, segments)[0]
+  expected = [
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [1, 1, 1, 0, 0],
+    [0, 0, 0, 1, 0],
+    [0, 0, 0, 1, 1],
+  ]
+  np.testing.assert_array_equal(mask, expected)
+
+
+# 300 is three blocks, the last of them short; segments end inside of blocks.
+@pytest.mark.parametrize('packed', [False, True])
+def test_blocks_equal_one_block_in_value_and_gradient(packed):
+  time = 300
+  q, k, v = draw(2, time)
+  ends = jnp.asarray([[130, 200, 300], [7, 256, 300]]) if packed else jnp.full((2, 1), time)
+  segments = (jnp.arange(time)[None, :, None] >= ends[:, None, :]).sum(-1)
+  starts = jnp.concatenate([jnp.zeros((2, 1), ends.dtype), ends], axis=1)
+  positions = jnp.arange(time)[None] - jnp.take_along_axis(starts, segments, axis=1)
+  mask = causal_mask(positions, positions, segments, segments)
+  weights = draw(2, time, seed=1)[0]
+
+  def in_blocks(q, k, v):
+    out = self_attend(q, k, v, positions, segments if packed else None)
+    return jnp.vdot(weights, out), out
+
+  def at_once(q, k, v):
+    out = attend(q, [(k, v, mask)])
+    return jnp.vdot(weights, out), out
+
+  work = lambda f: jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(q, k, v)
+  (ours, out), (theirs, expected) = work(in_blocks), work(at_once)
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+  for one, other in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_blocks_grow_when_there_would_be_too_many():
+  time = 2_100
+  q, k, v = draw(1, time)
+  out = jax.jit(self_attend)(q, k, v, rising(1, time))
+  mask = causal_mask(rising(1, time), rising(1, time))
+  np.testing.assert_allclose(out, jax.jit(attend)(q, [(k, v, mask)]), atol=1e-5)

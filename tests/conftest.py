@@ -1,0 +1,23 @@
+"""Settings that every test runs under; they must be made before JAX starts."""
+
+import jax
+import pytest
+
+# A broadcast over a missing axis is a mistake more often than an intention.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Comparisons with float32 references want float32 products on every device.
+jax.config.update('jax_default_matmul_precision', 'highest')
+# Sharding is tested on any machine.
+jax.config.update('jax_num_cpu_devices', 8)
+# Programs here run once on little data: nearly all of a test's time is compilation.
+# `optimised` undoes it where the optimiser is what might break the property.
+jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture
+def optimised():
+  jax.config.update('jax_disable_most_optimizations', False)
+  jax.clear_caches()
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+  jax.clear_caches()

@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.kernels import LoraKernel, dot
+
+IN, OUT, RANK = 12, 20, 3
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), jnp.float32)
+
+
+def lora_kernel(seed=0, w=None, **changes):
+  w = draw(IN, OUT) if w is None else w
+  a, b = draw(IN, RANK, seed=seed), draw(RANK, OUT, seed=seed)
+  return LoraKernel(w, a, b, jnp.float32(0.5), **changes)
+
+
+def test_lora_kernel_equals_its_sum_in_value_and_gradient():
+  x, weights = draw(2, 5, IN), draw(2, 5, OUT)
+  kernel = lora_kernel()
+
+  def through_kernel(x, a, b):
+    return jnp.vdot(weights, dot(x, kernel.replace(a=a, b=b)))
+
+  def through_sum(x, a, b):
+    return jnp.vdot(weights, x @ (kernel.w + 0.5 * a @ b))
+
+  of = (x, kernel.a, kernel.b)
+  np.testing.assert_allclose(dot(x, kernel), x @ (kernel.w + 0.5 * kernel.a @ kernel.b), atol=1e-4)
+  ours = jax.grad(through_kernel, (0, 1, 2))(*of)
+  for one, other in zip(ours, jax.grad(through_sum, (0, 1, 2))(*of), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_zero_b_changes_no_bit(dtype):
+  x = draw(3, IN).astype(dtype)
+  kernel = lora_kernel(w=draw(IN, OUT).astype(dtype))
+  fresh = kernel.replace(b=jnp.zeros_like(kernel.b))
+  assert np.asarray(dot(x, fresh)).tobytes() == np.asarray(dot(x, kernel.w)).tobytes()
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_product_has_the_dtype_of_x_and_gradients_that_of_the_adapters(dtype):
+  x = draw(3, IN).astype(dtype)
+  kernel = lora_kernel()
+  assert dot(x, kernel.w).dtype == dtype
+  assert dot(x, kernel).dtype == dtype
+  grads = jax.grad(lambda a: dot(x, kernel.replace(a=a)).sum().astype(jnp.float32))(kernel.a)
+  assert grads.dtype == jnp.float32
+
+
+def test_adapters_stack():
+  x, inner = draw(3, IN), lora_kernel(seed=1)
+  outer = lora_kernel(seed=2, w=inner)
+  expected = dot(x, inner) + 0.5 * x @ outer.a @ outer.b
+  np.testing.assert_allclose(dot(x, outer), expected, atol=1e-4)
+
+
+def test_many_adapters_share_one_product_with_the_base():
+  xs = draw(4, 5, IN)
+  alone = [lora_kernel(seed=i) for i in range(4)]
+  stack = lambda name: jnp.stack([getattr(kernel, name) for kernel in alone])
+  packed = LoraKernel(alone[0].w, stack('a'), stack('b'), stack('scale'))
+  axes = LoraKernel(w=None, a=0, b=0, scale=0)  # pyright: ignore
+  together = jax.vmap(dot, in_axes=(0, axes))
+  expected = jnp.stack([dot(x, kernel) for x, kernel in zip(xs, alone, strict=True)])
+  np.testing.assert_allclose(together(xs, packed), expected, atol=1e-4)
+
+  products = [
+    eqn for eqn in jax.make_jaxpr(together)(xs, packed).eqns if 'dot' in eqn.primitive.name
+  ]
+  with_base = [eqn for eqn in products if eqn.invars[1].aval.shape == (IN, OUT)]
+  assert len(with_base) == 1
+  assert with_base[0].params['dimension_numbers'][1] == ((), ())
+
+
+class TestDropout:
+  def test_acts_on_the_adapter_alone(self):
+    x, kernel = draw(3, IN), lora_kernel(dropout_key=jax.random.key(0), dropout_rate=0.5)
+    without_update = kernel.replace(b=jnp.zeros_like(kernel.b))
+    np.testing.assert_array_equal(dot(x, without_update), dot(x, kernel.w))
+    assert not np.allclose(dot(x, kernel), dot(x, kernel.replace(dropout_key=None)))
+
+  def test_without_a_key_the_rate_is_not_read(self):
+    x = draw(3, IN)
+    np.testing.assert_array_equal(dot(x, lora_kernel(dropout_rate=0.9)), dot(x, lora_kernel()))
+
+  def test_keeps_the_mean(self):
+    x, rate, draws = draw(2, IN), 0.3, 4000
+    keys = jax.random.split(jax.random.key(0), draws)
+    kernel = lora_kernel(dropout_rate=rate)
+    each = jax.vmap(lambda key: dot(x, kernel.replace(dropout_key=key)))(keys)
+    error = each.std(axis=0) / draws**0.5
+    assert jnp.all(jnp.abs(each.mean(axis=0) - dot(x, lora_kernel())) < 5 * error)
+
+  def test_drops_that_share_of_the_entries(self):
+    rate = 0.25
+    # With A = identity, B = identity, W = 0 and scale 1 the product is the dropped x.
+    eye, x = jnp.eye(IN), jnp.ones((5000, IN), jnp.float32)
+    kernel = LoraKernel(0 * eye, eye, eye, jnp.float32(1), jax.random.key(3), rate)
+    out = np.asarray(dot(x, kernel))
+    assert (out == 0).mean() == pytest.approx(rate, abs=0.01)
+    np.testing.assert_allclose(out[out != 0], 1 / (1 - rate), rtol=1e-6)
