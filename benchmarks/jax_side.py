@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments import _launcher
 from lora_jax import lora
 from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.data.pipeline import Batch
@@ -95,6 +96,8 @@ def train(options: Options) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
+  # XLA reads it when the first computation starts, as for a run of the main job.
+  _launcher.prefer_wide_vectors()
   _FLAGS = {
     'base': flags.DEFINE_string('base', None, 'Name or path of the base.', required=True),
     'dtype': flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the base.'),

@@ -4,6 +4,8 @@ if __name__ == '__main__':
   _launcher.run(main)
 """
 
+import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,9 +13,25 @@ from absl import app, flags, logging
 
 from lora_jax.errors import UserError, exit_on_user_error
 
+# XLA ends the process at a flag it does not know, so only versions that were tried get it.
+_TRIED_JAX = ((0, 10), (0, 12))
+_WIDE_VECTORS = '--xla_cpu_prefer_vector_width=512'
+
+
+def prefer_wide_vectors() -> None:
+  """Lets XLA use the whole width of AVX-512 on a CPU: about a tenth off a training step.
+
+  To be called before JAX computes anything; what the user has set stays.
+  """
+  version = tuple(int(part) for part in importlib.metadata.version('jax').split('.')[:2])
+  held = os.environ.get('XLA_FLAGS', '')
+  if _TRIED_JAX[0] <= version <= _TRIED_JAX[1] and 'prefer_vector_width' not in held:
+    os.environ['XLA_FLAGS'] = f'{held} {_WIDE_VECTORS}'.strip()
+
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; a user's mistake is one line and exit code 2."""
+  prefer_wide_vectors()
 
   def checked(argv: Sequence[str]) -> None:
     if not flags.FLAGS['verbosity'].present:

@@ -31,10 +31,10 @@ TASK = Task(
   score=_score,
   headline='rouge_lsum',
   synthetic=synthetic_reports.rows,
-  max_new_tokens=256,
+  max_new_tokens=512,
   note=(
     'The model reads the start of the report, as far as the token budget goes, and writes at '
-    'most 256 tokens; it is scored against the whole reference summary, which bounds recall '
+    'most 512 tokens; it is scored against the whole reference summary, which bounds recall '
     'where the reference is longer. ROUGE with Porter stemming.'
   ),
 )
