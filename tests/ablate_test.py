@@ -65,7 +65,7 @@ def test_finished_cells_are_skipped_and_the_report_is_the_same(finished):
   assert again.returncode == 0, again.stderr
   assert {path: path.stat().st_mtime_ns for path in (out / 'cells').glob('*.json')} == cells
   assert (out / 'report.md').read_bytes() == report
-  assert 'train' not in again.stderr
+  assert 'train medmcqa' not in again.stderr
 
 
 def test_other_settings_in_the_same_directory_are_refused(finished):
