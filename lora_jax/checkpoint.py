@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from lora_jax.errors import UserError
 
@@ -30,13 +31,32 @@ def load(directory: Path, like: Mapping[str, Any]) -> Any:
   Raises:
     UserError: there is no adapter, or it has other modules or shapes.
   """
+  missing = UserError(f'no adapter in {directory}; give the .adapter directory of a finished cell')
+  if not directory.is_dir():
+    raise missing
+  shapes = jax.eval_shape(lambda: like)
   with ocp.StandardCheckpointer() as checkpointer:
     try:
-      return checkpointer.restore(directory.absolute(), jax.eval_shape(lambda: like))
+      held = checkpointer.metadata(directory.absolute()).item_metadata
     except FileNotFoundError as error:
-      raise UserError(
-        f'no adapter in {directory}; give the .adapter directory of a finished cell'
-      ) from error
-    except (ValueError, KeyError) as error:
-      reason = str(error).splitlines()[0]
-      raise UserError(f'{directory} holds another adapter than expected: {reason}') from error
+      raise missing from error
+    if held is None:
+      raise missing
+    # Compared before anything is read: a restore that fails leaves reads under way.
+    wrong = _difference(_shapes(held.tree), _shapes(shapes))
+    if wrong:
+      raise UserError(f'{directory} holds another adapter than expected: {wrong}')
+    return checkpointer.restore(directory.absolute(), shapes)
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  leaves: dict[str, Any] = dict(flatten_dict(tree, sep='/'))
+  return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def _difference(held: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+  """The first leaf in which two trees of shapes differ, or ''."""
+  for path in sorted({*held, *expected}):
+    if held.get(path) != expected.get(path):
+      return f'{path} is {held.get(path, "missing")}, not {expected.get(path, "missing")}'
+  return ''
