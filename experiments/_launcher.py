@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -27,6 +28,19 @@ def prefer_wide_vectors() -> None:
   held = os.environ.get('XLA_FLAGS', '')
   if _TRIED_JAX[0] <= version <= _TRIED_JAX[1] and 'prefer_vector_width' not in held:
     os.environ['XLA_FLAGS'] = f'{held} {_WIDE_VECTORS}'.strip()
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path('/proc/cpuinfo')) -> bool:
+  """Whether this CPU has instructions for bfloat16 products; without them they are emulated.
+
+  Where nothing tells (not Linux), False: float32 is never much slower there.
+  """
+  try:
+    words = cpuinfo.read_text().split()
+  except OSError:
+    return False
+  # x86 and Arm name them so.
+  return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(words)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -88,13 +88,16 @@ def settings_from_flags() -> Settings:
 
 
 def _dtype(name: str | None) -> str:
-  """What 'auto' means here: bfloat16, but for a CPU whose JAX multiplies it slowly."""
+  """What 'auto' means here: bfloat16, but for a CPU that multiplies it slowly."""
   if name and name != 'auto':
     return name
   import jax
 
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
   version = tuple(int(part) for part in jax.__version__.split('.')[:2])
-  return 'float32' if jax.default_backend() == 'cpu' and version < (0, 11) else 'bfloat16'
+  fast = version >= (0, 11) and _launcher.cpu_has_bfloat16()
+  return 'bfloat16' if fast else 'float32'
 
 
 def _seeds() -> tuple[int, ...]:
