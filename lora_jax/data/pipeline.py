@@ -9,6 +9,7 @@ and its shape never changes. Attention keeps packed rows apart by `segments`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -20,6 +21,11 @@ from lora_jax.hub.tokenizer import ChatTokenizer
 
 # Rows of a batch are a multiple of this, which suits every device's matrix units.
 _ROW_MULTIPLE = 128
+
+# A row of the batch holds about so many rows of the data, for then little of it stays
+# empty; but it grows no longer than this for it, since attention costs more with length.
+_ROWS_PER_ROW = 4
+_LENGTH_FOR_PACKING = 512
 
 # Rows that packing keeps open at once; more of them leave less padding, up to here.
 _OPEN_ROWS = 32
@@ -54,11 +60,12 @@ def encode_split(
 def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
   """The shape that holds every row and comes nearest to `tokens_per_batch` from below.
 
-  Row length is the longest row's, rounded up; attention costs grow with it, so it
-  is no larger than the data asks for.
+  A row of the batch is as long as the longest row of the data, and longer where those
+  are short, so that several are packed into it.
   """
-  longest = max(len(row) for row in rows)
-  length = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+  lengths = [len(row) for row in rows]
+  several = min(_ROWS_PER_ROW * sum(lengths) / len(lengths), _LENGTH_FOR_PACKING, tokens_per_batch)
+  length = math.ceil(max(*lengths, several) / _ROW_MULTIPLE) * _ROW_MULTIPLE
   return BatchShape(rows=max(1, tokens_per_batch // length), length=length)
 
 
