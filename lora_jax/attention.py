@@ -1,7 +1,7 @@
 """Scaled dot-product attention: over a stretch of its own, or over a cache and new tokens.
 
-Both are written so that nothing of size T x S outlives a block of queries, which on
-a CPU is worth more time than the recomputation costs (BUILD_NOTES.md, Speed).
+In the first nothing of size T x S outlives a block of queries; the backward pass
+recomputes it, which on a CPU costs less than keeping it (BUILD_NOTES.md, Speed).
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,9 @@ def self_attend(
   """Causal attention among the tokens of one call, a block of queries at a time.
 
   Tokens of a sequence must lie in order, so that a block never looks past its own
-  end: half of the products are skipped. A block is recomputed in the backward pass.
+  end: half of the products are skipped. The backward pass recomputes a block's weights
+  from their log-sum-exp (Dao et al. 2022, FlashAttention, algorithm 4). Differentiable
+  in reverse mode, once.
 
   Args:
     q_BTNH: queries.
@@ -101,27 +103,107 @@ def self_attend(
   Returns:
     out_BTNH.
   """
-  time = q_BTNH.shape[1]
-  block = max(_BLOCK, -(-time // _MAX_BLOCKS))
+  return _blockwise(q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT)
 
-  @jax.checkpoint
-  def attend_block(q, k, v, query_positions, key_positions, query_segments, key_segments):
-    mask = causal_mask(query_positions, key_positions, query_segments, key_segments)
-    return attend(q, [(k, v, mask)])
 
-  cut = lambda x, start, end: None if x is None else x[:, start:end]
-  blocks = []
-  for start in range(0, time, block):
-    end = min(start + block, time)
-    blocks.append(
-      attend_block(
-        q_BTNH[:, start:end],
-        k_BKTH[:, :, :end],
-        v_BKTH[:, :, :end],
-        positions_BT[:, start:end],
-        positions_BT[:, :end],
-        cut(segments_BT, start, end),
-        cut(segments_BT, 0, end),
-      )
-    )
-  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+@jax.custom_vjp
+def _blockwise(q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT):
+  return _blockwise_forward(q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT)[0]
+
+
+def _blockwise_forward(q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT):
+  q_BKGTH = _by_kv_head(q_BTNH * _scale(q_BTNH), k_BKTH.shape[1])
+  out, log_sums = [], []
+  for start, end in _blocks(q_BTNH.shape[1]):
+    q_BKQH = _merge_groups(q_BKGTH[..., start:end, :])
+    scores_BKQS = _product('BKQH,BKSH->BKQS', q_BKQH, k_BKTH[:, :, :end])
+    scores_BKGtS = scores_BKQS.reshape(*q_BKGTH.shape[:3], end - start, end)
+    scores_BKGtS += _bias(positions_BT, segments_BT, start, end)[:, None, None]
+    top_BKGt1 = scores_BKGtS.max(-1, keepdims=True)
+    weights_BKGtS = jnp.exp(scores_BKGtS - top_BKGt1)
+    total_BKGt1 = weights_BKGtS.sum(-1, keepdims=True)
+    weights_BKQS = weights_BKGtS.astype(v_BKTH.dtype).reshape(scores_BKQS.shape)
+    sum_BKQH = _product('BKQS,BKSH->BKQH', weights_BKQS, v_BKTH[:, :, :end])
+    # Dividing the (t, H) output is cheaper than dividing the (t, S) weights.
+    out.append(sum_BKQH.reshape(*total_BKGt1.shape[:4], -1) / total_BKGt1)
+    log_sums.append((top_BKGt1 + jnp.log(total_BKGt1))[..., 0])
+  out_BKGTH = jnp.concatenate(out, axis=3).astype(q_BTNH.dtype)
+  held = (q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT, out_BKGTH, log_sums)
+  return _by_token(out_BKGTH), held
+
+
+def _blockwise_backward(held, grad_BTNH):
+  """Gradients, with scores and weights as (S, Q): every product then reads rows of memory."""
+  q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT, out_BKGTH, log_sums = held
+  dtype, kv_heads = q_BTNH.dtype, k_BKTH.shape[1]
+  q_BKGTH = _by_kv_head(q_BTNH * _scale(q_BTNH), kv_heads)
+  grad_BKGTH = _by_kv_head(grad_BTNH, kv_heads)
+  dot_BKGT = (grad_BKGTH.astype(jnp.float32) * out_BKGTH.astype(jnp.float32)).sum(-1)
+  # The scale makes it an array of its own: a mere view would be multiplied slowly.
+  keys_BKHT = k_BKTH.swapaxes(2, 3) * _scale(q_BTNH)
+  dq, dk_BKTH, dv_BKTH = [], jnp.zeros(k_BKTH.shape), jnp.zeros(v_BKTH.shape)
+  for (start, end), log_sum_BKGt in zip(_blocks(q_BTNH.shape[1]), log_sums, strict=True):
+    q_BKQH = _merge_groups(q_BKGTH[..., start:end, :])
+    grad_BKQH = _merge_groups(grad_BKGTH[..., start:end, :])
+    scores_BKSQ = _product('BKSH,BKQH->BKSQ', k_BKTH[:, :, :end], q_BKQH)
+    # Groups apart from queries, or the bias is spread by a division for each number.
+    apart = (*scores_BKSQ.shape[:3], q_BKGTH.shape[2], end - start)
+    bias_BSt = _bias(positions_BT, segments_BT, start, end).swapaxes(1, 2)
+    logits_BKSGt = scores_BKSQ.reshape(apart) + bias_BSt[:, None, :, None]
+    weights_BKSGt = jnp.exp(logits_BKSGt - log_sum_BKGt[:, :, None])
+    of_weights_BKSQ = _product('BKSH,BKQH->BKSQ', v_BKTH[:, :, :end], grad_BKQH)
+    surplus_BKSGt = of_weights_BKSQ.reshape(apart) - dot_BKGT[:, :, None, :, start:end]
+    dscores_BKSQ = (weights_BKSGt * surplus_BKSGt).astype(dtype).reshape(scores_BKSQ.shape)
+    weights_BKSQ = weights_BKSGt.astype(dtype).reshape(scores_BKSQ.shape)
+    dv_BKTH = dv_BKTH.at[:, :, :end].add(_product('BKSQ,BKQH->BKSH', weights_BKSQ, grad_BKQH))
+    dk_BKTH = dk_BKTH.at[:, :, :end].add(_product('BKSQ,BKQH->BKSH', dscores_BKSQ, q_BKQH))
+    dq_BKHQ = jnp.einsum('BKHS,BKSQ->BKHQ', keys_BKHT[..., :end], dscores_BKSQ)
+    dq.append(dq_BKHQ.reshape(*dq_BKHQ.shape[:3], *apart[3:]))
+  # Turned once and apart, or the compiler turns the products instead, which is slow.
+  dq_BKHGT = jax.lax.optimization_barrier(jnp.concatenate(dq, axis=-1))
+  dq_BTNH = dq_BKHGT.transpose(0, 4, 1, 3, 2).reshape(q_BTNH.shape)
+  return dq_BTNH, dk_BKTH.astype(dtype), dv_BKTH.astype(dtype), None, None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _blocks(time: int) -> list[tuple[int, int]]:
+  """Starts and ends of the blocks of queries."""
+  size = max(_BLOCK, -(-time // _MAX_BLOCKS))
+  return [(start, min(start + size, time)) for start in range(0, time, size)]
+
+
+def _scale(q_BTNH: jax.Array) -> jax.Array:
+  return jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype)
+
+
+def _by_kv_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+  """(B, K, G, T, H): the query heads under the key/value head that they share."""
+  batch, time, heads, head_dim = x_BTNH.shape
+  x_BTKGH = x_BTNH.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+  return x_BTKGH.transpose(0, 2, 3, 1, 4)
+
+
+def _by_token(x_BKGTH: jax.Array) -> jax.Array:
+  """Undoes `_by_kv_head`."""
+  batch, kv_heads, groups, time, head_dim = x_BKGTH.shape
+  return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * groups, head_dim)
+
+
+def _merge_groups(x_BKGtH: jax.Array) -> jax.Array:
+  """A group's queries share their keys, so they are rows of one matrix product."""
+  batch, kv_heads, groups, time, head_dim = x_BKGtH.shape
+  return x_BKGtH.reshape(batch, kv_heads, groups * time, head_dim)
+
+
+def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+
+def _bias(positions_BT, segments_BT, start: int, end: int) -> jax.Array:
+  """(B, t, S): 0 where a query of the block may see a key up to its end, else `_HIDDEN`."""
+  queries = None if segments_BT is None else segments_BT[:, start:end]
+  keys = None if segments_BT is None else segments_BT[:, :end]
+  mask_BtS = causal_mask(positions_BT[:, start:end], positions_BT[:, :end], queries, keys)
+  return jnp.where(mask_BtS, 0.0, _HIDDEN)

@@ -123,6 +123,30 @@ def test_blocks_equal_one_block_in_value_and_gradient(packed):
     np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+# Each way of sharing keys and each number of blocks lays out other products, and not all
+# of them multiply bfloat16 into float32 on every backend.
+@pytest.mark.parametrize('time', [5, 128, 300])
+@pytest.mark.parametrize(('heads', 'kv_heads'), [(6, 2), (3, 3), (4, 1), (1, 1)])
+def test_bfloat16_gradients_follow_float32_ones(heads, kv_heads, time):
+  rng = np.random.default_rng(time)
+  shapes = [(2, time, heads, 16), (2, kv_heads, time, 16), (2, kv_heads, time, 16)]
+  rounded = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+  weights = rng.standard_normal(shapes[0]).astype(np.float32)
+  mask = causal_mask(rising(2, time), rising(2, time))
+
+  def in_blocks(q, k, v):
+    return jnp.vdot(weights, self_attend(q, k, v, rising(2, time)).astype(jnp.float32))
+
+  def at_once(q, k, v):
+    return jnp.vdot(weights, attend(q, [(k, v, mask)]))
+
+  ours = jax.jit(jax.grad(in_blocks, (0, 1, 2)))(*rounded)
+  exact = jax.jit(jax.grad(at_once, (0, 1, 2)))(*(x.astype(jnp.float32) for x in rounded))
+  for one, other in zip(ours, exact, strict=True):
+    assert one.dtype == jnp.bfloat16
+    np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.02 * np.abs(other).max())
+
+
 def test_blocks_grow_when_there_would_be_too_many():
   time = 2_100
   q, k, v = draw(1, time)
