@@ -96,7 +96,8 @@ def train(options: Options) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-  # XLA reads it when the first computation starts, as for a run of the main job.
+  # As for a run of the main job.
+  _launcher.prefer_huge_pages()
   _launcher.prefer_wide_vectors()
   _FLAGS = {
     'base': flags.DEFINE_string('base', None, 'Name or path of the base.', required=True),

