@@ -117,7 +117,7 @@ def test_shape_holds_every_row_and_keeps_to_the_token_budget():
     shape = pipeline.batch_shape(rows, budgeted)
     longest = max(len(row) for row in rows)
     mean = sum(len(row) for row in rows) / len(rows)
-    wanted = max(longest, min(4 * mean, 512, budgeted))
+    wanted = max(longest, min(4 * mean, 256, budgeted))
     assert wanted <= shape.length < wanted + 128
     assert shape.length % 128 == 0
     assert shape.rows * shape.length <= budgeted or shape.rows == 1

@@ -25,7 +25,7 @@ _ROW_MULTIPLE = 128
 # A row of the batch holds about so many rows of the data, for then little of it stays
 # empty; but it grows no longer than this for it, since attention costs more with length.
 _ROWS_PER_ROW = 4
-_LENGTH_FOR_PACKING = 512
+_LENGTH_FOR_PACKING = 256
 
 # Rows that packing keeps open at once; more of them leave less padding, up to here.
 _OPEN_ROWS = 32
@@ -58,7 +58,7 @@ def encode_split(
 
 
 def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
-  """The shape that holds every row and comes nearest to `tokens_per_batch` from below.
+  """The shape that holds every row, with at most `tokens_per_batch` where one row allows it.
 
   A row of the batch is as long as the longest row of the data, and longer where those
   are short, so that several are packed into it.
