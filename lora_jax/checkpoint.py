@@ -16,9 +16,15 @@ def save(directory: Path, adapters: Mapping[str, Any]) -> None:
 
   An adapter that is already there, from a cell that was stopped before its record
   was written, is replaced.
+
+  Raises:
+    UserError: it cannot be written.
   """
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(directory.absolute(), adapters, force=True)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(directory.absolute(), adapters, force=True)
+  except OSError as error:
+    raise UserError(f'cannot write {directory}: {error.strerror}; give another --out') from error
 
 
 def load(directory: Path, like: Mapping[str, Any]) -> Any:

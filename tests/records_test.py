@@ -13,6 +13,9 @@ from lora_jax.records import Cell, RunDirectory
 
 MADE_FROM = {'rows': '12ab', 'base': '34cd'}
 CELL = Cell('tiny', 'medmcqa', 'o_proj,fc2', 'equal_rank', 3)
+COMMON = {'provenance': MADE_FROM, 'base': {}, 'rows': {}, 'versions': {}}
+SCORES = {'headline': 'accuracy', 'means': {'accuracy': 50.0}, 'rows': [], 'unfinished': 0}
+RECORD = {**COMMON, 'status': 'done', 'scores': SCORES}
 
 
 def files(path):
@@ -84,16 +87,45 @@ def test_a_directory_is_claimed_by_one_configuration(tmp_path):
   with pytest.raises(UserError, match='holds a run with rank=4, not None'):
     run.claim({'targets': ['q', 'k']})
   run.claim({'rank': 4, 'targets': ['q', 'k']})
-  assert files(tmp_path) == ['run.json']
+  assert files(tmp_path) == ['.lock', 'run.json']
 
 
-@pytest.mark.parametrize('content', ['', '{"format": 1', '\x00', '[]', '{"format": 0}', '{}'])
+def test_a_directory_in_use_is_refused_until_its_run_ends(tmp_path):
+  first = RunDirectory(tmp_path)
+  first.claim({'rank': 4})
+  with pytest.raises(UserError, match='in use by another run'):
+    RunDirectory(tmp_path).claim({'rank': 4})
+  del first
+  RunDirectory(tmp_path).claim({'rank': 4})
+
+
+DAMAGED = ['', '{"format": 1', '\x00', '[]', '{"format": 0}', '{}']
+DAMAGED += [
+  json.dumps({'format': 1, 'cell': {}, **RECORD, **damage})
+  for damage in ({'format': 0}, {'provenance': None}, {'scores': None}, {'scores': {}})
+]
+
+
+@pytest.mark.parametrize('content', DAMAGED)
 def test_a_record_that_is_damaged_or_of_another_format_is_named(tmp_path, content):
   run = RunDirectory(tmp_path)
-  run.write_cell(CELL, {'status': 'done'})
+  run.write_cell(CELL, RECORD)
   run.cell_file(CELL).write_text(content)
   with pytest.raises(UserError, match=r'seed3\.json .*; delete it and run again'):
     run.cells()
+  with pytest.raises(UserError, match=r'seed3\.json .*; delete it and run again'):
+    run.finished(CELL, MADE_FROM)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"targets": []}'])
+def test_damaged_times_are_named(tmp_path, content):
+  run = RunDirectory(tmp_path)
+  assert run.latency() is None
+  run.write_latency({'targets': {}})
+  assert run.latency() == {'targets': {}}
+  (tmp_path / 'latency.json').write_text(content)
+  with pytest.raises(UserError, match=r'latency\.json .*; delete it and run again'):
+    run.latency()
 
 
 @pytest.mark.parametrize('content', ['', '[]', 'null', '{"shared": 3}'])
@@ -112,11 +144,11 @@ def test_bytes_that_are_no_text_are_damage(tmp_path):
 def test_a_cell_is_finished_once_it_has_its_record(tmp_path):
   run = RunDirectory(tmp_path)
   assert not run.finished(CELL, MADE_FROM)
-  run.write_cell(CELL, {'status': 'done'}, [{'id': 'r0', 'prediction': 'ž\n▲'}, {'id': 'r1'}])
+  run.write_cell(CELL, RECORD, [{'id': 'r0', 'prediction': 'ž\n▲'}, {'id': 'r1'}])
   assert run.finished(CELL, {})
   assert not run.finished(dataclasses.replace(CELL, seed=4), {})
   (held,) = run.cells()
-  assert held == {'format': 1, 'cell': dataclasses.asdict(CELL), 'status': 'done'}
+  assert held == {'format': 1, 'cell': dataclasses.asdict(CELL), **RECORD}
   lines = run.cell_file(CELL).with_suffix('.predictions.jsonl').read_text('utf-8').splitlines()
   assert json.loads(lines[0]) == {'id': 'r0', 'prediction': 'ž\n▲'}
   assert len(lines) == 2
@@ -137,7 +169,7 @@ def test_cells_come_in_one_order_whatever_order_they_were_written_in(tmp_path):
   cells = [dataclasses.replace(CELL, seed=seed) for seed in (2, 0, 1)]
   run = RunDirectory(tmp_path)
   for cell in cells:
-    run.write_cell(cell, {}, [{'id': 'r0'}])
+    run.write_cell(cell, COMMON, [{'id': 'r0'}])
   assert [record['cell']['seed'] for record in run.cells()] == [0, 1, 2]
 
 
@@ -164,7 +196,7 @@ def test_different_cells_have_different_files(tmp_path):
 
 def test_a_record_of_other_rows_or_another_base_is_refused(tmp_path):
   run = RunDirectory(tmp_path)
-  run.write_cell(CELL, {'status': 'done', 'provenance': MADE_FROM})
+  run.write_cell(CELL, RECORD)
   assert run.finished(CELL, MADE_FROM)
   for what in MADE_FROM:
     with pytest.raises(UserError, match=f'{CELL.name}.*{what}'):
@@ -186,5 +218,5 @@ def test_a_very_long_regular_expression_still_names_a_file(tmp_path):
   run = RunDirectory(tmp_path)
   for cell in cells:
     with run.open_metrics(cell):
-      run.write_cell(cell, {})
+      run.write_cell(cell, COMMON)
   assert len(run.cells()) == 2

@@ -7,13 +7,10 @@ same bytes for the same records.
 """
 
 import dataclasses
-import os
 import shutil
-from pathlib import Path
 from typing import Any
 
-from lora_jax.errors import UserError
-from lora_jax.records import RunDirectory, write_json, write_text
+from lora_jax.records import RunDirectory, write_bytes, write_json, write_text
 from lora_jax.report import markdown, plot, terminal
 from lora_jax.report.results import BASE, Dataset, Results, gather
 
@@ -39,7 +36,7 @@ def write(run: RunDirectory) -> str:
   if image is None:
     plot_file.unlink(missing_ok=True)
   else:
-    _write_bytes(plot_file, image)
+    write_bytes(plot_file, image)
   write_json(run.path / 'results.json', as_json(results))
   file = run.path / 'report.md'
   write_text(file, markdown.render(results, plotted=image is not None))
@@ -104,12 +101,3 @@ def _beside(results: Results, name: str) -> dict[str, Any]:
     'prefill_ratio': times.get('prefill_ratio'),
     'decode_ratio': times.get('decode_ratio'),
   }
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    temporary.write_bytes(content)
-    temporary.replace(path)
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {error.strerror}; give another --out') from error

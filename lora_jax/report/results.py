@@ -166,7 +166,6 @@ def gather(run: RunDirectory) -> Results:
   for record in records:
     if 'train' in record:
       trained[_configuration(record)].append(record)
-  latency_file = run.path / 'latency.json'
   return Results(
     shared=read_json(run.path / 'run.json')['shared'],
     base=records[0]['base'],
@@ -174,7 +173,7 @@ def gather(run: RunDirectory) -> Results:
     datasets=datasets,
     averages=_averages([d for d in datasets if d.complete], configurations),
     costs={key: _cost(runs) for key, runs in trained.items() if runs},
-    latency=read_json(latency_file) if latency_file.exists() else None,
+    latency=run.latency(),
     versions={
       package: sorted({record['versions'][package] for record in records})
       for package in records[0]['versions']
