@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -11,12 +12,33 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-  """Turns a `UserError` into its one line on stderr and exit code 2.
+  """Turns what the user can mend into one line on stderr and exit code 2.
 
-  Launchers wrap their `main` in it; library code raises and never exits.
+  That is a `UserError`, a file or path that the system refuses, and a device that has
+  no memory left. Ctrl-C is 130, as in a shell. Launchers wrap their `main` in it;
+  library code raises and never exits.
   """
   try:
     yield
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _exit(str(error))
+  except OSError as error:
+    if error.filename is None:
+      raise
+    _exit(f'{error.filename}: {error.strerror}')
+  except KeyboardInterrupt:
+    print('\nstopped', file=sys.stderr)
+    sys.exit(130)
+  except Exception as error:
+    # XLA's word; its own class would cost every launcher the import of JAX.
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    _exit(
+      'out of memory; lower --tokens_per_batch, --batch_rows, --max_length or --rank, '
+      'or train with --remat'
+    )
+
+
+def _exit(text: str) -> NoReturn:
+  print(f'error: {text}', file=sys.stderr)
+  sys.exit(2)
