@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 
 import pytest
@@ -111,6 +112,15 @@ def test_directory_reads_images_and_names_one_that_is_missing(tmp_path):
   assert read(source, llava_cot.TASK)['test'][0]['image'] == image
 
 
+@pytest.mark.parametrize('name', ['../secret.png', 'images/../../secret.png', '/etc/passwd'])
+def test_an_image_outside_its_folder_is_refused(tmp_path, name):
+  row = {**llava_cot.TASK.synthetic(0, 1)[0], 'image': name}
+  source = write(tmp_path, [row], [row], name='llava_cot')
+  (tmp_path / 'secret.png').write_bytes(b'1')
+  with pytest.raises(UserError, match=r"train\.jsonl:1: field 'image' names .* not under"):
+    source.check(llava_cot.TASK)
+
+
 def test_fingerprint_follows_rows_and_images(tmp_path):
   row = {**llava_cot.TASK.synthetic(0, 1)[0], 'image': '0.png'}
   source = write(tmp_path, [row], [row], name='llava_cot')
@@ -118,7 +128,9 @@ def test_fingerprint_follows_rows_and_images(tmp_path):
   image.write_bytes(b'1')
   prints = [source.fingerprint(llava_cot.TASK)]
   assert source.fingerprint(llava_cot.TASK) == prints[0]
-  image.write_bytes(b'22')
+  os.utime(image, (0, 0))
+  assert source.fingerprint(llava_cot.TASK) == prints[0]
+  image.write_bytes(b'2')
   prints.append(source.fingerprint(llava_cot.TASK))
   write(tmp_path, [row, {**row, 'id': 'b'}], [row], name='llava_cot')
   prints.append(source.fingerprint(llava_cot.TASK))
@@ -230,6 +242,17 @@ def test_hub_failures_are_one_line_with_a_remedy():
     sources.Hub(load=load, download=no_download).rows(medmcqa.TASK)
   assert 'openlifescienceai/medmcqa' in str(error.value)
   assert '\n' not in str(error.value)
+
+
+def test_hub_failures_while_rows_are_read_are_one_line_too():
+  def lazily():
+    yield medmcqa.TASK.synthetic(0, 1)[0]
+    raise ConnectionError('reset\nby peer')
+
+  rows = sources.Hub(load=lambda hub_id, split: lazily(), download=no_download).rows(medmcqa.TASK)
+  with pytest.raises(UserError) as error:
+    list(rows['train'])
+  assert 'openlifescienceai/medmcqa could not be fetched (reset by peer)' in str(error.value)
 
 
 def test_hub_without_its_library_says_how_to_install_it(monkeypatch):

@@ -8,6 +8,7 @@ alike (the question, the image, the hearing), so that a row's split never change
 near-copies stay on one side.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -59,13 +60,8 @@ class Hub:
       UserError: the hub cannot be reached or refuses, or a row lacks a field.
     """
     self.check(task)
-    try:
+    with _fetching(task):
       splits = _SPLITS[task.name](task.hub_id, *_library(self))
-    except UserError:
-      raise
-    except Exception as error:  # the hub's libraries raise dozens of unrelated types
-      text = ' '.join(str(error).split())[:200]
-      raise UserError(f'{task.hub_id} could not be fetched ({text}); {_REMEDY}') from error
     return {split: _checked(task, split, rows) for split, rows in splits.items()}
 
   def describe(self, task: Task) -> str:
@@ -76,6 +72,7 @@ def _library(hub: Hub) -> tuple[Callable[..., Rows], Callable[..., str]]:
   if hub.load is not None and hub.download is not None:
     return hub.load, hub.download
   try:
+    # An extra that development does without, so the type checker does not find them.
     import datasets  # pyright: ignore[reportMissingImports]
     import huggingface_hub  # pyright: ignore[reportMissingImports]
   except ImportError:
@@ -83,9 +80,27 @@ def _library(hub: Hub) -> tuple[Callable[..., Rows], Callable[..., str]]:
   return hub.load or datasets.load_dataset, hub.download or huggingface_hub.snapshot_download
 
 
+@contextlib.contextmanager
+def _fetching(task: Task) -> Iterator[None]:
+  """Says in one line what the hub's libraries say in dozens of unrelated types."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    text = ' '.join(str(error).split())[:200]
+    raise UserError(f'{task.hub_id} could not be fetched ({text}); {_REMEDY}') from error
+
+
+def _fetched(task: Task, rows: Rows) -> Iterator[dict[str, Any]]:
+  # Rows may be read lazily, so the network can fail at any of them.
+  with _fetching(task):
+    yield from rows
+
+
 def _checked(task: Task, split: str, rows: Rows) -> Iterator[dict[str, Any]]:
   seen: set[str] = set()
-  for index, record in enumerate(rows):
+  for index, record in enumerate(_fetched(task, rows)):
     record = {
       field: _image_bytes(value) if task.features.get(field) == 'image' else value
       for field, value in record.items()

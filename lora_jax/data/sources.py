@@ -14,6 +14,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
@@ -126,8 +127,9 @@ class Directory:
       folder = self._folder(task)
       for path in sorted(folder.rglob('*')):
         if path.is_file() and path.suffix != '.jsonl':
-          stat = path.stat()
-          digest.update(f'{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\0'.encode())
+          # By content: a copy of the folder has other times and the same rows.
+          own = hashlib.sha256(path.read_bytes()).hexdigest()
+          digest.update(f'{path.relative_to(folder)} {own}\0'.encode())
     return digest.hexdigest()
 
   def rows(self, task: Task) -> dict[str, Iterator[dict[str, Any]]]:
@@ -189,7 +191,11 @@ class Directory:
         continue
       if not isinstance(name, str):
         raise UserError(f'{where}: field {field!r} must be the path of an image file')
-      path = self._folder(task) / name
+      folder = self._folder(task)
+      path = folder / name
+      # By name alone: what a link inside the folder points to is its owner's choice.
+      if pathlib.Path(name).is_absolute() or os.path.normpath(name).startswith('..'):
+        raise UserError(f'{where}: field {field!r} names {name}, which is not under {folder}')
       if not path.is_file():
         raise UserError(f'{where}: field {field!r} names {path}, which is not there')
       record[field] = path.read_bytes() if load else b''
