@@ -205,8 +205,9 @@ if __name__ == '__main__':
   def _main(_):
     logging.set_verbosity(logging.WARNING)
     with exit_on_user_error():
-      values = {name: flag.value for name, flag in _FLAGS.items()}
-      options = Options(**values | {'peer_dtypes': tuple(dict.fromkeys(values['peer_dtypes']))})
+      values: dict[str, Any] = {name: flag.value for name, flag in _FLAGS.items()}
+      values['peer_dtypes'] = tuple(dict.fromkeys(values['peer_dtypes']))
+      options = Options(**values)
       records = compare(options)
       if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(records, indent=2))

@@ -5,8 +5,8 @@
   python -m experiments.ablate --preset=smoke
 
 Each `--targets` is one configuration, its commas join modules into one set; without
-any, the article's grid runs. Finished cells are skipped, so the same command goes on
-after an interruption. Ends with a table and the path of the report.
+any, the article's grid runs (in `smoke`, one set). Finished cells are skipped, so the
+same command goes on after an interruption. Ends with a table and the path of the report.
 """
 
 import dataclasses
@@ -19,7 +19,14 @@ from absl import flags
 from experiments import _launcher
 from lora_jax.config import CACHE
 from lora_jax.errors import UserError
-from lora_jax.presets import ARTICLE_TARGETS, PRESETS, SYNTHETIC_TEST, SYNTHETIC_TRAIN, Settings
+from lora_jax.presets import (
+  ARTICLE_TARGETS,
+  PRESET_TARGETS,
+  PRESETS,
+  SYNTHETIC_TEST,
+  SYNTHETIC_TRAIN,
+  Settings,
+)
 
 _TARGETS = flags.DEFINE_multi_string(
   'targets', [], 'A set of targets, joined by commas; repeat the flag for more sets.'
@@ -55,7 +62,9 @@ for _flag, (_section, _field) in _OVERRIDES.items():
     type(getattr(getattr(Settings(), _section), _field))
   ]
   _kind(_flag, None, f"The preset's {_section}.{_field}.")
-flags.DEFINE_enum('dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
+)
 flags.DEFINE_bool('remat', None, "The preset's train.remat.")
 
 
@@ -74,22 +83,23 @@ def settings_from_flags() -> Settings:
       continue
     allowed = value >= 0 if flag in _AT_LEAST_ZERO else value > 0
     if not allowed or math.isinf(value):
-      raise UserError(f'--{flag}={value}: give a number above zero')
+      least = 'from' if flag in _AT_LEAST_ZERO else 'above'
+      raise UserError(f'--{flag}={value}: give a number {least} zero')
     part = dataclasses.replace(getattr(settings, section), **{field: value})
     settings = dataclasses.replace(settings, **{section: part})
   if settings.lora.dropout >= 1:
     raise UserError(f'--dropout={settings.lora.dropout}: give a share below 1')
   if settings.train.max_length < 64:
     raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
-  changes = {'dtype': _dtype(flags.FLAGS['dtype'].value)}
+  changes = {'dtype': _dtype(_DTYPE.value)}
   if flags.FLAGS['remat'].value is not None:
     changes['remat'] = flags.FLAGS['remat'].value
   return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 
 
-def _dtype(name: str | None) -> str:
+def _dtype(name: str) -> str:
   """What 'auto' means here: bfloat16, but for a CPU that multiplies it slowly."""
-  if name and name != 'auto':
+  if name != 'auto':
     return name
   import jax
 
@@ -105,8 +115,9 @@ def _seeds() -> tuple[int, ...]:
     seeds = tuple(dict.fromkeys(int(seed) for seed in _SEEDS.value))
   except ValueError:
     seeds = ()
-  if not seeds or min(seeds) < 0:
-    raise UserError(f'--seeds={",".join(_SEEDS.value)}: give whole numbers from 0, as 0,1,2')
+  if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
+    given = ','.join(_SEEDS.value)
+    raise UserError(f'--seeds={given}: give whole numbers from 0 to 4294967295, as 0,1,2')
   return seeds
 
 
@@ -138,7 +149,8 @@ def main() -> None:
     mlp_dim=2,
     max_length=2,
   )
-  targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or ARTICLE_TARGETS
+  default_targets = PRESET_TARGETS.get(_PRESET.value, ARTICLE_TARGETS)
+  targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or default_targets
   check_targets(targets, abstract_params(smallest))
   grid = Grid(tasks.by_names(_DATASETS.value or tasks.TASKS), targets, _seeds())
   settings = settings_from_flags()

@@ -65,7 +65,7 @@ class OptimConfig:
     learning_rate: peak rate of A.
     lr_ratio: rate of B over rate of A (LoRA+; 1 is plain LoRA).
     warmup: share of the steps over which the rate rises to its peak.
-    final_rate: the rate at the last step as a share of the peak.
+    final_rate: what the decay comes to, one step after the last, as a share of the peak.
     beta1: decay of Adam's first moment.
     beta2: decay of Adam's second moment.
     weight_decay: decoupled weight decay.

@@ -20,8 +20,8 @@ from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.progress import Progress
 from lora_jax.transformer import Transformer, head_kernel, logits
 
-# Padded prompt lengths below which a batch's shape is rounded up, so that a whole test
-# split compiles a handful of programs.
+# Padded prompt lengths are multiples of these, the finer one up to twice itself, so that
+# a whole test split compiles a handful of programs.
 _FINE, _COARSE = 128, 256
 
 

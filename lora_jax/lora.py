@@ -113,11 +113,19 @@ def init(key: jax.Array, params: Params, paths: Iterable[str], rank: int) -> dic
 
   Returns:
     The adapter tree, float32.
+
+  Raises:
+    UserError: the rank exceeds both sides of a module.
   """
   flat = _flatten(params)
   adapters = {}
   for path in paths:
     *lead, fan_in, fan_out = flat[f'{path}/kernel'].shape
+    if rank > max(fan_in, fan_out):
+      raise UserError(
+        f'rank {rank} is more than {path} has ({fan_in} x {fan_out}); '
+        f'give at most {max(fan_in, fan_out)}'
+      )
     bound = fan_in**-0.5
     module_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     a = jax.random.uniform(module_key, (*lead, fan_in, rank), jnp.float32, -bound, bound)

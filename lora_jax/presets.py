@@ -76,6 +76,8 @@ ARTICLE_TARGETS = (
   'qkv,fc1,fc2',
   'all',
 )
+# What a preset's grid is where no targets are given; the article's, unless it stands here.
+PRESET_TARGETS = {'smoke': ('o_proj,fc2',)}
 EQUAL_RANK = 'equal_rank'
 
 # Rows that are generated where the settings ask for all there are.

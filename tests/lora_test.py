@@ -103,6 +103,15 @@ def test_adapters_mirror_the_kernels_in_float32():
     assert float(a.std()) == pytest.approx((3 * fan_in) ** -0.5, rel=0.15)
 
 
+def test_a_rank_above_both_sides_of_a_module_is_refused():
+  params = tiny_model.params()
+  paths = lora.resolve('o_proj', params)
+  largest = max(params['layers']['attn']['o_proj']['kernel'].shape[1:])
+  lora.init(jax.random.key(0), params, paths, largest)
+  with pytest.raises(UserError, match=rf'rank {largest + 1} .*o_proj .*at most {largest}$'):
+    lora.init(jax.random.key(0), params, paths, largest + 1)
+
+
 def test_draw_of_a_module_does_not_depend_on_the_others():
   alone, together = fresh('o_proj'), fresh('all')
   np.testing.assert_array_equal(

@@ -88,8 +88,8 @@ def same_quantity(said: Quantity, reference: Quantity) -> bool:
 def _close(said: Decimal, reference: Decimal) -> bool:
   if abs(said - reference) > abs(reference) / 100:
     return False
-  places = min(_decimals(said), _decimals(reference))
-  return round(said, places) == round(reference, places)
+  unit = Decimal(1).scaleb(-min(_decimals(said), _decimals(reference)))
+  return (said / unit).to_integral_value() == (reference / unit).to_integral_value()
 
 
 def _decimals(value: Decimal) -> int:
