@@ -11,6 +11,7 @@ node such as `LoraKernel`. The model calls `dot(x, kernel)` and never asks which
 True
 """
 
+import functools
 from typing import TypeAlias
 
 import flax.struct
@@ -47,24 +48,26 @@ class LoraKernel:
   dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
-def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
+def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
   """Multiplies `x` (..., in) by a kernel (in, out) of any kind, in the dtype of `x`.
 
   Args:
     x: activations, (..., in).
     kernel: an array or a `LoraKernel`, whose adapters are cast to the dtype of `x`
       for the product while they and their gradients stay float32.
+    dtype: what the sums are kept in; None: rounded to the dtype of `x`.
 
   Returns:
-    (..., out), of the dtype of `x`.
+    (..., out), of `dtype`.
   """
+  product = functools.partial(jnp.matmul, preferred_element_type=dtype or x.dtype)
   if not isinstance(kernel, LoraKernel):
-    return jnp.matmul(x, kernel.astype(x.dtype))
-  base = dot(x, kernel.w)
+    return product(x, kernel.astype(x.dtype))
+  base = dot(x, kernel.w, dtype)
   if kernel.dropout_key is not None:
     keep = jax.random.bernoulli(kernel.dropout_key, 1.0 - kernel.dropout_rate, x.shape)
     x = jnp.where(keep, x / (1.0 - kernel.dropout_rate), 0).astype(x.dtype)
   low = jnp.matmul(x, kernel.a.astype(x.dtype))
   # The scale goes on the narrow (..., R) product, where it costs least.
   low = low * kernel.scale.astype(x.dtype)
-  return base + jnp.matmul(low, kernel.b.astype(x.dtype))
+  return base + product(low, kernel.b.astype(x.dtype))

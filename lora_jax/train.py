@@ -19,10 +19,11 @@ import optax
 from lora_jax import lora
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
 from lora_jax.data.pipeline import Batch
+from lora_jax.kernels import dot
 from lora_jax.loss import completion_loss
 from lora_jax.optim import optimizer
 from lora_jax.progress import Progress
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer, head_kernel
 
 Params = Mapping[str, Any]
 
@@ -97,8 +98,10 @@ def batch_loss(
   hidden_BTD, _ = model.apply(
     {'params': params}, batch['tokens'], batch['positions'], batch['segments']
   )
-  # The head is no target, so the frozen parameters serve it.
-  head = functools.partial(logits, kernel=head_kernel(model, base))
+  # The head is no target, so the frozen parameters serve it. Its logits are rounded to the
+  # model's dtype, as transformers' are: kept in float32 they cost a tenth of a step.
+  kernel = head_kernel(model, base)
+  head = lambda hidden_CD: dot(hidden_CD, kernel).astype(jnp.float32)
   total = completion_loss(head, hidden_BTD, batch['targets'], batch['weights'])
   return total, batch['weights'].sum()
 

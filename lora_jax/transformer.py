@@ -78,9 +78,15 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
 
 
 class Dense(nn.Module):
-  """A linear map without bias whose kernel may be of any kind `dot` knows."""
+  """A linear map without bias whose kernel may be of any kind `dot` knows.
+
+  Attributes:
+    features: size of the output.
+    dtype: of the output; None: the input's.
+  """
 
   features: int
+  dtype: jax.typing.DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,7 +95,7 @@ class Dense(nn.Module):
       kernel = self.param('kernel', _init, (x.shape[-1], self.features))
     else:
       kernel = self.get_variable('params', 'kernel')
-    return dot(x, kernel)
+    return dot(x, kernel, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -186,7 +192,7 @@ class Transformer(nn.Module):
     )(c)
     self.norm = RMSNorm(c.norm_eps)
     if not c.tie_embeddings:
-      self.lm_head = Dense(c.vocab_size)
+      self.lm_head = Dense(c.vocab_size, jnp.float32)
 
   def __call__(
     self,
@@ -218,9 +224,9 @@ class Transformer(nn.Module):
 
   def head(self, hidden: jax.Array) -> jax.Array:
     """Hidden states (..., D) to float32 logits (..., V)."""
-    if not self.config.tie_embeddings:
-      return self.lm_head(hidden).astype(jnp.float32)
-    return logits(hidden, self.embed_tokens.embedding.T)
+    if self.config.tie_embeddings:
+      return logits(hidden, self.embed_tokens.embedding.T)
+    return self.lm_head(hidden)
 
   def init_all(self, tokens_BT: jax.Array) -> jax.Array:
     """Touches every parameter, the head's too: the method to `init` with."""
@@ -254,5 +260,8 @@ def head_kernel(model: Transformer, params: Mapping[str, Any]) -> Kernel:
 
 
 def logits(hidden: jax.Array, kernel: Kernel) -> jax.Array:
-  """Hidden states (..., D) times the head's kernel (D, V): float32 logits (..., V)."""
-  return dot(hidden, kernel).astype(jnp.float32)
+  """Hidden states (..., D) times the head's kernel (D, V): float32 logits (..., V).
+
+  They are never rounded to a smaller dtype: in bfloat16, choices would tie.
+  """
+  return dot(hidden, kernel, jnp.float32)

@@ -176,6 +176,20 @@ def test_bfloat16_compute_is_near_float32_and_logits_are_float32():
 
 
 @pytest.mark.parametrize('tied', [True, False])
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_it(tied):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_model.params(config))
+  model = Transformer(config, dtype=jnp.bfloat16)
+  hidden = jax.random.normal(jax.random.key(0), (5, config.model_dim)).astype(jnp.bfloat16)
+  for ours in (
+    model.apply({'params': params}, hidden, method='head'),
+    logits(hidden, head_kernel(model, params)),
+  ):
+    exact = hidden.astype(jnp.float32) @ head_kernel(model, params).astype(jnp.float32)
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('tied', [True, False])
 def test_abstract_parameters_are_those_of_init(tied):
   config = dataclasses.replace(CONFIG, tie_embeddings=tied)
   shapes = jax.tree.map(lambda x: (x.shape, x.dtype), tiny_model.params(config))
@@ -192,4 +206,4 @@ def test_the_head_laid_out_once_equals_the_head(tied, dtype):
   expected = model.apply({'params': params}, hidden_BD, method='head')
   ours = logits(hidden_BD, head_kernel(model, params))
   assert ours.dtype == expected.dtype == jnp.float32
-  np.testing.assert_allclose(ours, expected, rtol=1e-2 if dtype == 'bfloat16' else 1e-5, atol=1e-4)
+  np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
