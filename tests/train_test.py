@@ -183,6 +183,20 @@ def test_a_short_run_without_one_sound_update_is_given_up():
     run(base=broken, steps=2)
 
 
+def test_one_bad_batch_is_left_out_and_counted():
+  batch = next(toy_batches())
+  # No such token: its embedding is NaN.
+  bad = batch | {'tokens': np.full_like(batch['tokens'], CONFIG.vocab_size)}
+  sound = toy_batches()
+  stream = itertools.chain(itertools.islice(sound, 3), [bad], sound)
+  base = tiny_model.params()
+  config = dataclasses.replace(STEPS, steps=6)
+  outcome = train(MODEL, base, lora.resolve('all', base), stream, [], config, LORA, OPTIM, seed=0)
+  assert outcome.bad_steps == 1
+  assert list(np.isfinite(outcome.losses)) == [True] * 3 + [False] + [True] * 2
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.adapters))
+
+
 def test_a_rate_too_high_is_given_up():
   entries = []
   with pytest.raises(DivergedError):
