@@ -10,6 +10,7 @@ A file appears whole or not at all, so what exists is finished and is never redo
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,9 @@ from flax.traverse_util import flatten_dict
 from lora_jax.errors import UserError
 
 FORMAT = 1
+
+# What file systems over a network say that have no locks; there, take turns yourself.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 # File systems allow 255 bytes; dataset, arm, seed and suffix need theirs.
 _LONGEST_NAME = 120
@@ -111,16 +115,31 @@ def _read_record(path: Path) -> dict[str, Any]:
     UserError: it does not.
   """
   record = read_json(path)
-  sound = isinstance(record, dict) and record.get('format') == FORMAT
-  sound = sound and all(
-    isinstance(record.get(key), dict) for key in ('cell', 'base', 'provenance', 'rows', 'versions')
-  )
-  if sound and record.get('status') == 'done':
-    scores = record.get('scores')
-    sound = isinstance(scores, dict) and {'headline', 'means', 'rows', 'unfinished'} <= {*scores}
+  try:
+    sound = record['format'] == FORMAT and _holds_all(record)
+  except (TypeError, KeyError, AttributeError):
+    sound = False
   if not sound:
     raise UserError(f'{path} is not a record of format {FORMAT}; delete it and run again')
   return record
+
+
+def _holds_all(record: Mapping[str, Any]) -> bool:
+  parts = ('cell', 'base', 'provenance', 'rows', 'versions')
+  if not all(isinstance(record[part], dict) for part in parts):
+    return False
+  if record['status'] == 'diverged':
+    return isinstance(record['why'], str)
+  if record['status'] != 'done':
+    return record['status'] == 'needs vision'
+  if 'train' in record and not (record['train']['losses'] and record['lora']['modules']):
+    return False
+  scores = record['scores']
+  needed = {'id', scores['headline']}
+  rows = scores['rows']
+  return (
+    bool(rows) and all(needed <= {*row} for row in rows) and {'means', 'unfinished'} <= {*scores}
+  )
 
 
 class RunDirectory:
@@ -147,7 +166,8 @@ class RunDirectory:
     self._lock_directory()
     file = self.path / 'run.json'
     shared = json.loads(json.dumps(shared))
-    if file.exists():
+    # A run that ended before its first cell has nothing that other settings could spoil.
+    if file.exists() and any((self.path / 'cells').glob('*.json')):
       record = read_json(file)
       held = record.get('shared') if isinstance(record, dict) else None
       if not isinstance(held, dict):
@@ -178,6 +198,8 @@ class RunDirectory:
         f'{self.path} is in use by another run; wait for it or give another --out'
       ) from None
     except OSError as error:
+      if error.errno in _NO_LOCKS:
+        return
       raise UserError(f'cannot write {file}: {error.strerror}; give another --out') from error
 
   def cell_file(self, cell: Cell) -> Path:

@@ -1,6 +1,8 @@
 """A record is there whole or not at all, and a directory is one run's."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -13,8 +15,13 @@ from lora_jax.records import Cell, RunDirectory
 
 MADE_FROM = {'rows': '12ab', 'base': '34cd'}
 CELL = Cell('tiny', 'medmcqa', 'o_proj,fc2', 'equal_rank', 3)
-COMMON = {'provenance': MADE_FROM, 'base': {}, 'rows': {}, 'versions': {}}
-SCORES = {'headline': 'accuracy', 'means': {'accuracy': 50.0}, 'rows': [], 'unfinished': 0}
+COMMON = {'status': 'needs vision', 'provenance': MADE_FROM, 'base': {}, 'rows': {}, 'versions': {}}
+SCORES = {
+  'headline': 'accuracy',
+  'means': {'accuracy': 100.0},
+  'rows': [{'id': 'r0', 'accuracy': 1.0}],
+  'unfinished': 0,
+}
 RECORD = {**COMMON, 'status': 'done', 'scores': SCORES}
 
 
@@ -77,7 +84,10 @@ def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path):
 
 def test_a_directory_is_claimed_by_one_configuration(tmp_path):
   run = RunDirectory(tmp_path)
+  run.claim({'rank': 8})
+  # Nothing was computed yet, so the mistake can be mended in place.
   run.claim({'rank': 4, 'targets': ('q', 'k')})
+  run.write_cell(CELL, RECORD)
   # The same again, as it reads after JSON.
   run.claim({'targets': ['q', 'k'], 'rank': 4})
   with pytest.raises(UserError, match='holds a run with rank=4, not 8'):
@@ -87,7 +97,16 @@ def test_a_directory_is_claimed_by_one_configuration(tmp_path):
   with pytest.raises(UserError, match='holds a run with rank=4, not None'):
     run.claim({'targets': ['q', 'k']})
   run.claim({'rank': 4, 'targets': ['q', 'k']})
-  assert files(tmp_path) == ['.lock', 'run.json']
+  assert files(tmp_path) == ['.lock', f'cells/{CELL.name}.json', 'run.json']
+
+
+def test_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch):
+  def refuse(descriptor, how):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', refuse)
+  RunDirectory(tmp_path).claim({'rank': 4})
+  assert (tmp_path / 'run.json').exists()
 
 
 def test_a_directory_in_use_is_refused_until_its_run_ends(tmp_path):
@@ -102,7 +121,11 @@ def test_a_directory_in_use_is_refused_until_its_run_ends(tmp_path):
 DAMAGED = ['', '{"format": 1', '\x00', '[]', '{"format": 0}', '{}']
 DAMAGED += [
   json.dumps({'format': 1, 'cell': {}, **RECORD, **damage})
-  for damage in ({'format': 0}, {'provenance': None}, {'scores': None}, {'scores': {}})
+  for damage in (
+    *({'format': 0}, {'provenance': None}, {'scores': None}, {'scores': {}}),
+    *({'status': None}, {'status': 'diverged'}, {'train': {}}, {'train': {'losses': [1.0]}}),
+    *({'scores': {**SCORES, 'rows': rows}} for rows in ([], [{'id': 'r0'}], [3])),
+  )
 ]
 
 
@@ -130,9 +153,11 @@ def test_damaged_times_are_named(tmp_path, content):
 
 @pytest.mark.parametrize('content', ['', '[]', 'null', '{"shared": 3}'])
 def test_a_damaged_run_file_is_named(tmp_path, content):
+  run = RunDirectory(tmp_path)
+  run.write_cell(CELL, RECORD)
   (tmp_path / 'run.json').write_text(content)
   with pytest.raises(UserError, match=r'run\.json'):
-    RunDirectory(tmp_path).claim({'rank': 4})
+    run.claim({'rank': 4})
 
 
 def test_bytes_that_are_no_text_are_damage(tmp_path):
@@ -205,6 +230,7 @@ def test_a_record_of_other_rows_or_another_base_is_refused(tmp_path):
 
 def test_a_refused_setting_is_named_by_its_path(tmp_path):
   run = RunDirectory(tmp_path)
+  run.write_cell(CELL, RECORD)
   run.claim({'settings': {'lora': {'rank': 4, 'alpha': 8}}})
   with pytest.raises(UserError, match=r'settings\.lora\.rank=4, not 16;'):
     run.claim({'settings': {'lora': {'rank': 16, 'alpha': 8}}})
