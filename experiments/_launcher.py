@@ -22,6 +22,7 @@ _WIDE_VECTORS = '--xla_cpu_prefer_vector_width=512'
 
 # glibc, from 2.35: memory of its own in pages of 2 MB where the kernel has them.
 _HUGE_PAGES = 'glibc.malloc.hugetlb=1'
+_STARTED_AGAIN = 'LORA_JAX_STARTED_AGAIN'
 
 
 def prefer_huge_pages() -> None:
@@ -31,10 +32,15 @@ def prefer_huge_pages() -> None:
   page on first touch. glibc reads the setting only at the start of a process; what the
   user has set stays.
   """
+  # Once at most, since a privileged Python is started without the setting; and never the
+  # process of a notebook, which is not ours.
+  tried = os.environ.pop(_STARTED_AGAIN, None)
+  if tried or not sys.executable or 'ipykernel' in sys.modules:
+    return
   held = os.environ.get('GLIBC_TUNABLES', '')
   if platform.libc_ver()[0] == 'glibc' and 'hugetlb' not in held:
-    os.environ['GLIBC_TUNABLES'] = f'{held}:{_HUGE_PAGES}'.lstrip(':')
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    wanted = {'GLIBC_TUNABLES': f'{held}:{_HUGE_PAGES}'.lstrip(':'), _STARTED_AGAIN: '1'}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
 def prefer_wide_vectors() -> None:
