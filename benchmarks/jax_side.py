@@ -96,8 +96,7 @@ def train(options: Options) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-  # As for a run of the main job.
-  _launcher.prefer_huge_pages()
+  # As for a run of the main job; pages are the benchmark's to choose, for both sides.
   _launcher.prefer_wide_vectors()
   _FLAGS = {
     'base': flags.DEFINE_string('base', None, 'Name or path of the base.', required=True),

@@ -10,8 +10,10 @@ Two settings, on the same weights:
 
 Tokens per second count real tokens, not padding. PEFT runs in float32 and bfloat16
 and is judged by the faster. Each run is a process of its own; its peak memory is that
-process's. On a CPU without bfloat16 instructions the bfloat16 runs take many minutes:
-`--peer_dtypes=float32` leaves PEFT's out. `--json=FILE` keeps the records.
+process's. Both sides have their memory in large pages, as our launchers ask for it and a
+run of PEFT only if told (BUILD_NOTES.md, Speed). On a CPU without bfloat16 instructions
+the bfloat16 runs take many minutes: `--peer_dtypes=float32` leaves PEFT's out.
+`--json=FILE` keeps the records.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from benchmarks import peer
+from experiments import _launcher
 from lora_jax import lora
 from lora_jax.data import builder, encode, medmcqa, pipeline, sources
 from lora_jax.errors import UserError, exit_on_user_error
@@ -130,7 +133,7 @@ def compare(options: Options) -> dict[str, dict[str, Any]]:
   base = bases.load(options.base)
   modules = [path.rsplit('/', 1)[-1] for path in lora.resolve(options.targets, base.params)]
   source = (
-    sources.Directory(options.data)
+    sources.Directory(Path(options.data).expanduser())
     if options.data
     else sources.Synthetic(seed=0, train=options.train_rows, test=1)
   )
@@ -217,4 +220,6 @@ if __name__ == '__main__':
         versions = records['equal'][side]['versions'].items()
         console.print(', '.join(f'{name} {version}' for name, version in versions))
 
+  # Inherited by every side.
+  _launcher.prefer_huge_pages()
   app.run(_main)
