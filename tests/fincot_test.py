@@ -89,6 +89,12 @@ def test_scoring(answer, scale, said, right):
   assert TASK.score(f'First 12 and 99.\nThe answer is {said}', example)['accuracy'] == right
 
 
+def test_the_scale_may_be_spelt_in_capitals_and_an_unknown_one_is_refused():
+  assert TASK.score('The answer is 5 thousand', row('5', 'Thousand'))['accuracy'] == 1
+  with pytest.raises(ValueError, match="scale is 'dozen', not one of percent, thousand"):
+    TASK.target(row('5', 'dozen'))
+
+
 def test_the_last_marked_answer_counts():
   example = row(5, '')
   assert TASK.score('The answer is 4. No: the answer is 5.', example)['accuracy'] == 1

@@ -60,6 +60,18 @@ def test_medreason_target_follows_the_template_without_the_explanation():
   assert 'Answer Choices' not in medreason.TASK.prompt(EXAMPLE).text()
 
 
+def test_medreason_options_that_are_named_like_letters():
+  example = {**EXAMPLE, 'options': 'A. B\nB. A\nC. AB\nD. O', 'answer': 'A'}
+  assert medreason.TASK.target(example).endswith('\n\nB. A')
+  assert medreason.TASK.target({**example, 'answer': 'D'}).endswith('\n\nD. O')
+
+
+@pytest.mark.parametrize('answer', ['-5 mmol/L', '+2', 'Rest.\nThen heat.', '0.5 %', 'Mars'])
+def test_medreason_a_target_is_right_whatever_the_answer_looks_like(answer):
+  example = {**EXAMPLE, 'options': None, 'answer': answer}
+  assert medreason.TASK.score(medreason.TASK.target(example), example)['accuracy'] == 1
+
+
 def test_medreason_without_options():
   example = {**EXAMPLE, 'options': None}
   assert medreason.TASK.target(example).endswith('\n\nMars')

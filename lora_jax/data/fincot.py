@@ -8,7 +8,7 @@ Final_response. Optional: answer (a number, a text or a list of texts) and scale
 import re
 
 from lora_jax.data import synthetic_statements
-from lora_jax.data.numbers import Quantity, read_quantity, same_quantity
+from lora_jax.data.numbers import UNITS, Quantity, read_quantity, same_quantity
 from lora_jax.data.task import Example, Prompt, Task
 
 _MARKER = re.compile(r'answer\s*(?:is|:)\s*:?', re.IGNORECASE)
@@ -35,6 +35,7 @@ def _prompt(example: Example) -> Prompt:
 
 
 def _target(example: Example) -> str:
+  _scale(example)
   reasoning = example['Reasoning_process'].strip()
   final = example['Final_response'].strip().rstrip('.')
   if not final:
@@ -55,8 +56,15 @@ def _said(text: str) -> str:
   return (lines[0] if before else lines[-1]).strip()
 
 
+def _scale(example: Example) -> str:
+  scale = (example.get('scale') or '').strip().lower()
+  if scale not in UNITS:
+    raise ValueError(f'scale is {scale!r}, not one of {", ".join(filter(None, UNITS))}')
+  return scale
+
+
 def _reference(example: Example) -> Quantity | str:
-  answer, scale = example.get('answer'), example.get('scale') or ''
+  answer, scale = example.get('answer'), _scale(example)
   if answer is None:
     said = _said(_target(example))
     return read_quantity(said) or said

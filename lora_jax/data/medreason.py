@@ -11,7 +11,7 @@ from lora_jax.data import synthetic_medicine
 from lora_jax.data.task import Example, Prompt, Task
 
 _OPTION = re.compile(r'^\s*\(?([A-J])[.):]\s*(.+?)\s*$', re.MULTILINE)
-_FINAL = re.compile(r'#*\s*final answer\W*', re.IGNORECASE)
+_FINAL = re.compile(r'#*\s*final answer[\s:*#]*', re.IGNORECASE)
 _LETTER = re.compile(r'\W*([A-J])(?:[.):]|\W*$)')
 
 
@@ -22,9 +22,12 @@ def _options(example: Example) -> dict[str, str]:
 def _answer(example: Example) -> tuple[str, str]:
   """The right option's letter ('' where there are no options) and its text."""
   text = re.split(r'\.?\s*Explanation:', example['answer'], maxsplit=1)[0].strip()
-  for letter, option in _options(example).items():
-    if _plain(text) in (_plain(option), _plain(f'{letter}. {option}'), _plain(letter)):
-      return letter, option
+  options = _options(example)
+  # Texts before letters: blood groups are called A and B, and stand at any letter.
+  for form in ('{text}', '{letter}. {text}', '{letter}'):
+    for letter, option in options.items():
+      if _plain(text) == _plain(form.format(letter=letter, text=option)):
+        return letter, option
   return '', text
 
 
@@ -58,7 +61,7 @@ def _score(prediction: str, example: Example) -> dict[str, float]:
   if letter and spoken:
     right = spoken[1] == letter
   else:
-    right = _plain(said) == _plain(text)
+    right = _plain(said) == _plain(text.splitlines()[0])
   return {'accuracy': float(right), 'answered': 1.0}
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from decimal import Decimal
 
-_UNITS = {'': 0, 'percent': -2, 'thousand': 3, 'million': 6, 'billion': 9, 'trillion': 12}
+# Unit -> power of ten; '' is a bare number.
+UNITS = {'': 0, 'percent': -2, 'thousand': 3, 'million': 6, 'billion': 9, 'trillion': 12}
 _SPELLINGS = {'%': 'percent', 'k': 'thousand', 'm': 'million', 'mn': 'million', 'bn': 'billion'}
 _NUMBER = re.compile(
   r"""
@@ -35,7 +36,7 @@ class Quantity:
 
   def in_unit(self, unit: str) -> Decimal:
     """The number that says the same in another unit; 'percent' is a hundredth of ''."""
-    return self.value.scaleb(_UNITS[self.unit] - _UNITS.get(unit, 0))
+    return self.value.scaleb(UNITS[self.unit] - UNITS[unit])
 
 
 def read_quantity(text: str, whole: bool = False) -> Quantity | None:
