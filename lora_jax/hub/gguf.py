@@ -15,13 +15,15 @@ import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from lora_jax.errors import UserError
+
+T = TypeVar('T')
 
 _MAGIC = b'GGUF'
 _VERSIONS = (2, 3)
@@ -67,11 +69,25 @@ class GgufFile:
   tensors: Mapping[str, Tensor]
   data: mmap.mmap
 
-  def require(self, key: str) -> Any:
-    """The metadata value at `key`; `UserError` if the file has none."""
-    if key not in self.metadata:
+  def require(self, key: str, kind: type[T], default: T | None = None) -> T:
+    """The metadata value at `key`.
+
+    Args:
+      key: the key.
+      kind: the type that it must have; a whole number passes as a float.
+      default: the value where the file has none.
+
+    Raises:
+      UserError: the file has no value and there is no default, or one of another type.
+    """
+    value = self.metadata.get(key, default)
+    if value is None:
       raise UserError(f'{self.path}: has no metadata key {key!r}; convert the model again')
-    return self.metadata[key]
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is not kind:
+      raise UserError(f'{self.path}: metadata key {key!r} is {value!r:.60}, not {kind.__name__}')
+    return value
 
   def require_tensor(self, name: str) -> Tensor:
     """Where the tensor `name` lies; `UserError` if the file has none."""
@@ -157,6 +173,8 @@ class _Cursor:
       (item_kind,), (count,) = self.numbers('I'), self.numbers('Q')
       if item_kind in _SCALARS:
         return list(self.numbers(_SCALARS[item_kind], count))
+      if item_kind == _ARRAY:
+        raise _DamagedError(f'is damaged: arrays within arrays before byte {self.position}')
       return [self.value(item_kind) for _ in range(count)]
     raise _DamagedError(f'is damaged: unknown metadata type {kind} before byte {self.position}')
 

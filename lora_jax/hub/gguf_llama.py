@@ -38,20 +38,21 @@ def model_config(file: GgufFile) -> ModelConfig:
     UserError: the architecture is not a plain Llama (mixtures of experts, scaled
       or partial rotary embeddings and per-layer head counts are refused).
   """
-  architecture = file.require('general.architecture')
+  architecture = file.require('general.architecture', str)
   if architecture != 'llama':
     raise UserError(
       f'{file.path}: architecture {architecture!r} is not supported; give a GGUF file whose '
       "general.architecture is 'llama'"
     )
-  heads = file.require('llama.attention.head_count')
-  kv_heads = file.metadata.get('llama.attention.head_count_kv', heads)
-  if not (isinstance(heads, int) and isinstance(kv_heads, int)):
+  counts = ('llama.attention.head_count', 'llama.attention.head_count_kv')
+  if any(isinstance(file.metadata.get(count), list) for count in counts):
     _refuse(file, 'a head count for each layer')
+  heads = file.require(counts[0], int)
+  kv_heads = file.require(counts[1], int, heads)
   if heads < 1 or kv_heads < 1 or heads % kv_heads:
     _refuse(file, f'{heads} query heads over {kv_heads} key and value heads')
-  model_dim = file.require('llama.embedding_length')
-  head_dim = file.metadata.get('llama.attention.key_length', model_dim // heads)
+  model_dim = file.require('llama.embedding_length', int)
+  head_dim = file.require('llama.attention.key_length', int, model_dim // heads)
   if file.metadata.get('llama.attention.value_length', head_dim) != head_dim:
     _refuse(file, 'values of another width than keys')
   if file.metadata.get('llama.rope.dimension_count', head_dim) != head_dim:
@@ -62,15 +63,15 @@ def model_config(file: GgufFile) -> ModelConfig:
     _refuse(file, 'a mixture of experts')
   return ModelConfig(
     vocab_size=int(file.require_tensor('token_embd.weight').shape[0]),
-    num_layers=file.require('llama.block_count'),
+    num_layers=file.require('llama.block_count', int),
     model_dim=model_dim,
     num_heads=heads,
     num_kv_heads=kv_heads,
     head_dim=head_dim,
-    mlp_dim=file.require('llama.feed_forward_length'),
-    max_length=file.require('llama.context_length'),
-    rope_theta=file.metadata.get('llama.rope.freq_base', 10_000.0),
-    norm_eps=file.require('llama.attention.layer_norm_rms_epsilon'),
+    mlp_dim=file.require('llama.feed_forward_length', int),
+    max_length=file.require('llama.context_length', int),
+    rope_theta=file.require('llama.rope.freq_base', float, 10_000.0),
+    norm_eps=file.require('llama.attention.layer_norm_rms_epsilon', float),
     tie_embeddings='output.weight' not in file.tensors,
   )
 

@@ -185,27 +185,28 @@ def from_gguf(file: GgufFile) -> ChatTokenizer:
     UserError: it is not byte-level BPE with the pre-tokenizer `smollm`, or it has
       no chat template.
   """
-  kind = file.require('tokenizer.ggml.model')
+  kind = file.require('tokenizer.ggml.model', str)
   if kind != 'gpt2':
     raise UserError(
       f'{file.path}: tokenizer model {kind!r} is not supported; give a file with byte-level BPE '
       "('gpt2')"
     )
-  pre_tokenizer = file.metadata.get('tokenizer.ggml.pre', 'default')
+  pre_tokenizer = file.require('tokenizer.ggml.pre', str, 'default')
   if pre_tokenizer != 'smollm':
     raise UserError(
       f"{file.path}: pre-tokenizer {pre_tokenizer!r} is not supported; give a file with 'smollm' "
       '(the SmolLM and SmolLM2 families)'
     )
-  if 'tokenizer.chat_template' not in file.metadata:
+  template = file.require('tokenizer.chat_template', str, '')
+  if not template:
     raise UserError(f'{file.path}: has no chat template; give an instruct model')
-  tokens = file.require('tokenizer.ggml.tokens')
-  types = file.require('tokenizer.ggml.token_type')
-  merges = [tuple(merge.split(' ')) for merge in file.require('tokenizer.ggml.merges')]
-  text_end = file.require('tokenizer.ggml.eos_token_id')
-  turn_end = file.metadata.get('tokenizer.ggml.eot_token_id', text_end)
+  tokens = file.require('tokenizer.ggml.tokens', list)
+  types = file.require('tokenizer.ggml.token_type', list)
+  merges = [tuple(merge.split(' ')) for merge in file.require('tokenizer.ggml.merges', list)]
+  text_end = file.require('tokenizer.ggml.eos_token_id', int)
+  turn_end = file.require('tokenizer.ggml.eot_token_id', int, text_end)
   bos_id = file.metadata.get('tokenizer.ggml.bos_token_id')
-  pad_id = file.metadata.get('tokenizer.ggml.padding_token_id', text_end)
+  pad_id = file.require('tokenizer.ggml.padding_token_id', int, text_end)
   if len(types) != len(tokens):
     raise UserError(
       f'{file.path}: has {len(tokens)} tokens but {len(types)} token types; convert it again'
@@ -216,13 +217,13 @@ def from_gguf(file: GgufFile) -> ChatTokenizer:
       f'{file.path}: names token {outside[0]} of {len(tokens)}; convert the model again'
     )
   try:
-    _compile(file.metadata['tokenizer.chat_template'])
+    _compile(template)
     return ChatTokenizer(
       tokens=tokens,
       merges=merges,
       special_ids=[i for i, kind in enumerate(types) if kind == _CONTROL],
       user_defined_ids=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
-      chat_template=file.metadata['tokenizer.chat_template'],
+      chat_template=template,
       eos_id=turn_end,
       pad_id=pad_id,
       bos_id=bos_id,
