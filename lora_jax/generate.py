@@ -36,7 +36,7 @@ def generate(
     eos_id: the token that ends a row.
 
   Returns:
-    tokens_BG (G = `max_new_tokens`): the generated tokens; `eos_id` from a row's end
+    tokens_BT (T = `max_new_tokens`): the generated tokens; `eos_id` from a row's end
     on. Generation stops early once every row has ended.
   """
   batch, time = prompts_BT.shape
@@ -56,21 +56,21 @@ def generate(
     return (step < max_new_tokens) & ~jnp.all(done_B)
 
   def body(state):
-    step, token_B, own_kv, done_B, out_BG = state
+    step, token_B, own_kv, done_B, out_BT = state
     token_B = jnp.where(done_B, eos_id, token_B)
-    out_BG = out_BG.at[:, step].set(token_B)
+    out_BT = out_BT.at[:, step].set(token_B)
     done_B |= token_B == eos_id
-    written_BG = jnp.broadcast_to(jnp.arange(max_new_tokens) < step, out_BG.shape)
+    written_BT = jnp.broadcast_to(jnp.arange(max_new_tokens) < step, out_BT.shape)
     hidden_B1D, new_kv = model.apply(
       variables,
       token_B[:, None],
       (lengths_B + step)[:, None],
-      past=((prompt_kv, in_prompt_BT), (own_kv, written_BG)),
+      past=((prompt_kv, in_prompt_BT), (own_kv, written_BT)),
     )
     own_kv = own_kv.write(new_kv, step)
-    return step + 1, next_token(hidden_B1D[:, 0]), own_kv, done_B, out_BG
+    return step + 1, next_token(hidden_B1D[:, 0]), own_kv, done_B, out_BT
 
   own_kv = KeyValues.empty(model.config, batch, max_new_tokens, model.dtype)
-  out_BG = jnp.full((batch, max_new_tokens), eos_id, jnp.int32)
-  state = (jnp.int32(0), token_B, own_kv, done_B, out_BG)
+  out_BT = jnp.full((batch, max_new_tokens), eos_id, jnp.int32)
+  state = (jnp.int32(0), token_B, own_kv, done_B, out_BT)
   return jax.lax.while_loop(unfinished, body, state)[-1]

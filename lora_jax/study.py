@@ -209,7 +209,7 @@ class _Rows:
     splits = builder.prepare(task, source, cache_dir)
     max_length = min(config.max_length, base.config.max_length)
     self.limits = budget(task, max_length, settings.eval.max_new_tokens)
-    self.test = list(splits['test'])[: settings.eval.test_rows or None]
+    self.test = splits['test'][: settings.eval.test_rows or None]
     self.prompts = [
       encode_prompt(task, example, base.tokenizer, self.limits.prompt) for example in self.test
     ]

@@ -1,9 +1,10 @@
 """A decoder-only Transformer in Flax Linen: pure, stacked, scanned.
 
 Shape legend for tensor names, here and everywhere else:
-  B batch, T query time, S key time, L layers, D model, N query heads, K key/value
-  heads, G query heads per key/value head, H head dim, F feed-forward, V vocabulary,
-  R rank.
+  B batch, T query time (t a block of it), S key time, L layers, D model, N query
+  heads, K key/value heads, G query heads per key/value head, Q = G x t queries that
+  share keys, H head dim, F feed-forward, V vocabulary, R rank; in a loss, P positions
+  and C a chunk of them.
 
 Parameters carry Hugging Face module names; a `kernel` is (in, out) with heads
 flattened, and all blocks share one subtree `layers` whose leaves lead with L:

@@ -60,7 +60,9 @@ def test_every_kind_of_value_survives(tmp_path):
     str, int, float, bytes, bool, dict, type(None)
   }  # fmt: skip
   assert train[-1] == expected[-1]
-  assert train[1:3] == expected[1:3]
+  assert list(train[1:3]) == expected[1:3]
+  assert list(train[1:][:-1]) == expected[1:-1]
+  assert repr(train[1:]) != repr(train)
   assert len(splits['test']) == 1
   with pytest.raises(IndexError):
     train[len(ROWS)]

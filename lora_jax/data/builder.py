@@ -1,6 +1,6 @@
 """Rows into ArrayRecord through tensorflow-datasets, and back as plain Python values.
 
-  splits = prepare(medmcqa.TASK, sources.Directory('data'), cache_dir)
+  splits = prepare(medmcqa.TASK, sources.Directory(Path('data')), cache_dir)
   splits['test'][0]['question']
 
 TensorFlow is not needed. A row is written once; later runs, and other processes,
@@ -43,36 +43,44 @@ def _decode(kind: str, stored: bytes) -> Any:
 
 
 class Examples(Sequence[dict[str, Any]]):
-  """One split: a random-access sequence of decoded examples, each with an `id`.
+  """One split: a random-access sequence of examples, each with an `id`.
 
-  Picklable, and with a stable `repr`, which grain compares when it restores an iterator.
+  A row is read and decoded when it is asked for, and a slice reads nothing. Picklable,
+  and with a stable `repr`, which grain compares when it restores an iterator.
   """
 
-  def __init__(self, name: str, source: Sequence[Any], features: Mapping[str, str]):
+  def __init__(
+    self,
+    name: str,
+    source: Sequence[Any],
+    features: Mapping[str, str],
+    rows: range | None = None,
+  ):
     self._name = name
     self._source = source
     self._features = dict(features)
+    self._rows = range(len(source)) if rows is None else rows
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self._rows)
 
   @overload
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
   @overload
-  def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+  def __getitem__(self, index: slice) -> 'Examples': ...
 
-  def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+  def __getitem__(self, index: int | slice) -> 'dict[str, Any] | Examples':
     if isinstance(index, slice):
-      return [self[i] for i in range(len(self))[index]]
-    stored = self._source[range(len(self))[operator.index(index)]]
+      return Examples(self._name, self._source, self._features, self._rows[index])
+    stored = self._source[self._rows[operator.index(index)]]
     return {
       field: _decode(kind, stored[field][0]) if len(stored[field]) else None
       for field, kind in self._features.items()
     }
 
   def __repr__(self) -> str:
-    return f'Examples({self._name}, {len(self)} rows)'
+    return f'Examples({self._name}, {self._rows})'
 
 
 class _Rows(tfds.core.GeneratorBasedBuilder):

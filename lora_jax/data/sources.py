@@ -104,7 +104,7 @@ class Directory:
     path: the directory that holds one folder a dataset.
   """
 
-  path: str | pathlib.Path
+  path: pathlib.Path
   kind: ClassVar[str] = 'directory'
 
   def check(self, task: Task) -> None:
@@ -143,10 +143,10 @@ class Directory:
     return f'directory {self._folder(task)}, {", ".join(counts)}'
 
   def _folder(self, task: Task) -> pathlib.Path:
-    return pathlib.Path(self.path) / task.name
+    return self.path / task.name
 
   def _files(self, task: Task) -> list[pathlib.Path]:
-    root, folder = pathlib.Path(self.path), self._folder(task)
+    root, folder = self.path, self._folder(task)
     if not root.is_dir():
       raise UserError(
         f'no directory {root}; give one that holds {task.name}/train.jsonl and test.jsonl'
