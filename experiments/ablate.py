@@ -31,7 +31,7 @@ from lora_jax.presets import (
 _TARGETS = flags.DEFINE_multi_string(
   'targets', [], 'A set of targets, joined by commas; repeat the flag for more sets.'
 )
-_DATASETS = flags.DEFINE_list('datasets', [], 'Datasets; all seven if not given.')
+_DATASETS = flags.DEFINE_list('datasets', None, 'Datasets; all seven if not given.')
 _DATA = flags.DEFINE_string(
   'data', 'synthetic', "Where rows come from: 'synthetic', 'hub', or a directory."
 )
@@ -75,7 +75,7 @@ def settings_from_flags() -> Settings:
     UserError: a value that makes no sense.
   """
   settings = PRESETS[_PRESET.value]
-  if _BASE.value:
+  if _BASE.value is not None:
     settings = dataclasses.replace(settings, base=_BASE.value)
   for flag, (section, field) in _OVERRIDES.items():
     value = flags.FLAGS[flag].value
@@ -152,14 +152,20 @@ def main() -> None:
   default_targets = PRESET_TARGETS.get(_PRESET.value, ARTICLE_TARGETS)
   targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or default_targets
   check_targets(targets, abstract_params(smallest))
-  grid = Grid(tasks.by_names(_DATASETS.value or tasks.TASKS), targets, _seeds())
+  grid = Grid(
+    tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value), targets, _seeds()
+  )
   settings = settings_from_flags()
   bases.check_name(settings.base)
   source = _source(settings, sources)
   for task in grid.tasks:
     source.check(task)
-  run = RunDirectory(Path(_OUT.value or f'runs/{_PRESET.value}'))
-  run.claim({'settings': dataclasses.asdict(settings), 'data': _DATA.value})
+  out = f'runs/{_PRESET.value}' if _OUT.value is None else _OUT.value
+  if not out:
+    raise UserError('--out is empty; give a directory')
+  run = RunDirectory(Path(out).expanduser())
+  data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
+  run.claim({'settings': dataclasses.asdict(settings), 'data': data})
 
   try:
     base = bases.load(settings.base, cache)

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one line that says what, where and what would work."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -23,6 +24,8 @@ def exit_on_user_error() -> Iterator[None]:
   except UserError as error:
     _exit(str(error))
   except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      _exit(f'{error.strerror}; make room, the same command goes on from there')
     if error.filename is None:
       raise
     _exit(f'{error.filename}: {error.strerror}')

@@ -52,7 +52,7 @@ def resolve(targets: str, params: Params) -> tuple[str, ...]:
   Args:
     targets: comma-joined names; each an article's target (`qkv`, `o_proj`, `fc1`,
       `fc2`, `all`), a module's name (`gate_proj`) or a regular expression that
-      matches a module's whole path (`layers/attn/.*`).
+      matches a module's whole path (`layers/attn/.*`), itself without a comma.
     params: the model's parameters, or their shapes.
 
   Returns:
@@ -69,7 +69,7 @@ def resolve(targets: str, params: Params) -> tuple[str, ...]:
     if not found:
       try:
         found = {path for path in paths if re.fullmatch(target, path)}
-      except re.error:
+      except (re.error, OverflowError, RecursionError):
         found = set()
     if not found:
       modules = ', '.join(path.rsplit('/', 1)[-1] for path in paths)

@@ -97,6 +97,7 @@ def test_mask_is_causal_and_keeps_segments_apart():
 
 
 # 300 is three blocks, the last of them short; segments end inside of blocks.
+@pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize('packed', [False, True])
 def test_blocks_equal_one_block_in_value_and_gradient(packed):
   time = 300
@@ -125,6 +126,7 @@ def test_blocks_equal_one_block_in_value_and_gradient(packed):
 
 # Each way of sharing keys and each number of blocks lays out other products, and not all
 # of them multiply bfloat16 into float32 on every backend.
+@pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize('time', [5, 128, 300])
 @pytest.mark.parametrize(('heads', 'kv_heads'), [(6, 2), (3, 3), (4, 1), (1, 1)])
 def test_bfloat16_gradients_follow_float32_ones(heads, kv_heads, time):

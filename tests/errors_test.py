@@ -18,6 +18,10 @@ def leave(error, capsys):
   [
     (UserError('no row; give one'), 'error: no row; give one'),
     (FileExistsError(17, 'File exists', '/a/b'), 'error: /a/b: File exists'),
+    (
+      OSError(28, 'No space left on device'),
+      'error: No space left on device; make room, the same command goes on from there',
+    ),
     (OSError(36, 'File name too long', 'x'), 'error: x: File name too long'),
   ],
 )
