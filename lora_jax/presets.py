@@ -40,9 +40,9 @@ PRESETS = {
   # The default: every dataset on two CPU cores while one waits.
   'quick': Settings(
     train=TrainConfig(
-      steps=16, tokens_per_batch=2048, max_length=512, train_rows=512, eval_rows=8, eval_every=8
+      steps=16, tokens_per_batch=1024, max_length=512, train_rows=512, eval_rows=8, eval_every=8
     ),
-    eval=EvalConfig(test_rows=32, batch_rows=32, max_new_tokens=160),
+    eval=EvalConfig(test_rows=24, batch_rows=24, max_new_tokens=160),
     latency_turns=7,
   ),
   # The public recipe nearest to the article (Nova 2 Lite: 100 steps with 15 of warm-up,
