@@ -13,11 +13,12 @@ adapter and kernel together where the kernel stood; the model never hears of it.
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
@@ -25,6 +26,9 @@ from lora_jax.errors import UserError
 from lora_jax.kernels import LoraKernel
 
 Params = Mapping[str, Any]
+
+# One for all modules, or path -> one for each layer.
+Scale = float | jax.Array | Mapping[str, Sequence[float] | np.ndarray]
 
 # The article's names for sets of modules, in the order of a block.
 GROUPS = {
@@ -99,17 +103,25 @@ def canonical(targets: str) -> str:
   return ','.join([*(n for n in GROUPS if n in names), *(n for n in names if n not in GROUPS)])
 
 
-def init(key: jax.Array, params: Params, paths: Iterable[str], rank: int) -> dict:
+def init(
+  key: jax.Array,
+  params: Params,
+  paths: Iterable[str],
+  rank: int | Mapping[str, Sequence[int]],
+) -> dict:
   """Makes a fresh adapter, which changes nothing: B is zero.
 
   A is uniform in +-1/sqrt(in), as PEFT draws it. A module's draw depends on the key
   and its own path alone, so it is the same in every set of targets.
 
+  Where ranks differ between layers, R is the largest and A is zero beyond a layer's own.
+  Then B gets no gradient there and A none either: what is zero stays zero.
+
   Args:
     key: PRNG key.
     params: the base, or its shapes.
     paths: modules to adapt, from `resolve`.
-    rank: R.
+    rank: R of every module, or for each path one for each layer (0: not adapted).
 
   Returns:
     The adapter tree, float32.
@@ -121,23 +133,28 @@ def init(key: jax.Array, params: Params, paths: Iterable[str], rank: int) -> dic
   adapters = {}
   for path in paths:
     *lead, fan_in, fan_out = flat[f'{path}/kernel'].shape
-    if rank > max(fan_in, fan_out):
+    ranks = [rank] if isinstance(rank, int) else rank[path]
+    largest = max(ranks)
+    if largest > max(fan_in, fan_out):
       raise UserError(
-        f'rank {rank} is more than {path} has ({fan_in} x {fan_out}); '
+        f'rank {largest} is more than {path} has ({fan_in} x {fan_out}); '
         f'give at most {max(fan_in, fan_out)}'
       )
     bound = fan_in**-0.5
     module_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    a = jax.random.uniform(module_key, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+    a = jax.random.uniform(module_key, (*lead, fan_in, largest), jnp.float32, -bound, bound)
+    if min(ranks) < largest:
+      in_use_LR = np.arange(largest) < np.asarray(ranks)[:, None]
+      a = a * in_use_LR[:, None]
     adapters[f'{path}/a'] = a
-    adapters[f'{path}/b'] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
+    adapters[f'{path}/b'] = jnp.zeros((*lead, largest, fan_out), jnp.float32)
   return unflatten_dict(adapters, sep='/')
 
 
 def attach(
   params: Params,
   adapters: Params,
-  scale: float | jax.Array,
+  scale: Scale,
   dropout_key: jax.Array | None = None,
   dropout_rate: float = 0.0,
 ) -> dict:
@@ -146,7 +163,7 @@ def attach(
   Args:
     params: the base.
     adapters: from `init`, or trained.
-    scale: alpha / rank.
+    scale: alpha / rank of every module, or for each path one for each layer.
     dropout_key: a key while training with dropout; None otherwise.
     dropout_rate: share of an adapter's input that is dropped, where there is a key.
 
@@ -163,12 +180,12 @@ def attach(
       module_key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
       if lead:
         module_key = jax.random.split(module_key, lead)
-    scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), lead)
+    scales = jnp.broadcast_to(jnp.asarray(_of(scale, path), jnp.float32), lead)
     flat[f'{path}/kernel'] = LoraKernel(w, a, b, scales, module_key, dropout_rate)
   return unflatten_dict(flat, sep='/')
 
 
-def merge(params: Params, adapters: Params, scale: float) -> dict:
+def merge(params: Params, adapters: Params, scale: Scale) -> dict:
   """Adds each adapter into its kernel, in float32: for export, never for training.
 
   Rounding `w + scale * a @ b` to bfloat16 loses most of a small update, so adapted
@@ -177,7 +194,7 @@ def merge(params: Params, adapters: Params, scale: float) -> dict:
   Args:
     params: the base.
     adapters: the adapter.
-    scale: alpha / rank.
+    scale: alpha / rank of every module, or for each path one for each layer.
 
   Returns:
     Plain parameters.
@@ -186,7 +203,8 @@ def merge(params: Params, adapters: Params, scale: float) -> dict:
   for path, a, b in _modules(adapters):
     w = flat[f'{path}/kernel'].astype(jnp.float32)
     update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    flat[f'{path}/kernel'] = w + scale * update
+    scales = jnp.broadcast_to(jnp.asarray(_of(scale, path), jnp.float32), a.shape[:-2])
+    flat[f'{path}/kernel'] = w + scales[..., None, None] * update
   return unflatten_dict(flat, sep='/')
 
 
@@ -242,6 +260,10 @@ def summarise(adapters: Params) -> Summary:
     trainable_params=sum(leaf.size for leaf in leaves),
     adapter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
   )
+
+
+def _of(scale: Scale, path: str) -> Any:
+  return scale[path] if isinstance(scale, Mapping) else scale
 
 
 def _modules(adapters: Params) -> list[tuple[str, Any, Any]]:

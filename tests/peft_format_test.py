@@ -1,0 +1,291 @@
+"""Adapters go to PEFT and come from it with the same logits; what cannot be read is named."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.flax
+import tiny_model
+from flax.traverse_util import flatten_dict
+
+from benchmarks.llama_checkpoint import write_llama_checkpoint
+from lora_jax import lora
+from lora_jax.errors import UserError
+from lora_jax.hub import peft as ours
+
+LAYERS = tiny_model.CONFIG.num_layers
+
+
+@pytest.fixture(scope='module')
+def base_directory(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('base')
+  write_llama_checkpoint(tiny_model.CONFIG, tiny_model.params(), directory)
+  return directory
+
+
+def mixed(rank_stabilised=False):
+  """An adapter whose layers and modules differ in rank and alpha, one layer without any."""
+  params = tiny_model.params()
+  ranks = {'layers/attn/o_proj': (4, 4, 4), 'layers/mlp/down_proj': (2, 0, 5)}
+  ranks['layers/attn/q_proj'] = (0, 3, 0)
+  alphas = {path: tuple(2.0 * i + len(path) for i in range(LAYERS)) for path in ranks}
+  fresh = lora.init(jax.random.key(0), params, ranks, ranks)
+  rng = np.random.default_rng(0)
+  noise = lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)
+  for path, leaves in ours._paths(fresh).items():
+    b = noise(leaves['b'])
+    for layer, rank in enumerate(ranks[path]):
+      b = b.at[layer, rank:].set(0)
+    leaves['b'] = b
+    block, module = path.split('/')[1:]
+    fresh['layers'][block][module]['b'] = b
+  return ours.Adapter(fresh, ranks, alphas, rank_stabilised, base='someone/base')
+
+
+def our_logits(adapter, tokens_BT):
+  attached = lora.attach(tiny_model.params(), adapter.params, adapter.scales())
+  return tiny_model.logits(tiny_model.MODEL, attached, tokens_BT)
+
+
+def test_zero_beyond_a_layers_rank_stays_zero():
+  params, adapter = tiny_model.params(), mixed()
+  tokens_BT = tiny_model.tokens(2, 9)
+
+  @jax.jit
+  @jax.grad
+  def gradient(adapters):
+    attached = lora.attach(params, adapters, adapter.scales())
+    return jnp.sum(jnp.sin(tiny_model.logits(tiny_model.MODEL, attached, tokens_BT)))
+
+  for path, leaves in ours._paths(gradient(adapter.params)).items():
+    for layer, rank in enumerate(adapter.ranks[path]):
+      assert not leaves['a'][layer, :, rank:].any()
+      assert not leaves['b'][layer, rank:].any()
+      assert rank == 0 or leaves['b'][layer, :rank].any()
+
+
+def test_attach_equals_merge_with_a_scale_for_each_layer():
+  adapter, tokens_BT = mixed(), tiny_model.tokens(2, 9)
+  merged = lora.merge(tiny_model.params(), adapter.params, adapter.scales())
+  np.testing.assert_allclose(
+    our_logits(adapter, tokens_BT),
+    tiny_model.logits(tiny_model.MODEL, merged, tokens_BT),
+    atol=1e-4,
+  )
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_a_round_trip_is_bit_exact(tmp_path, dtype):
+  adapter = mixed(rank_stabilised=True)
+  ours.save(tmp_path / 'one', adapter)
+  tensors = safetensors.flax.load_file(str(tmp_path / 'one' / ours.WEIGHTS))
+  cast = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+  content = safetensors.flax.save(cast, metadata={'format': 'pt'})
+  (tmp_path / 'one' / ours.WEIGHTS).write_bytes(content)
+  back = ours.load(tmp_path / 'one', tiny_model.params())
+  assert back.ranks == adapter.ranks
+  assert back.rank_stabilised
+  assert back.base == 'someone/base'
+  for path, ranks in adapter.ranks.items():
+    held = [alpha for alpha, rank in zip(back.alphas[path], ranks, strict=True) if rank]
+    assert held == [a for a, rank in zip(adapter.alphas[path], ranks, strict=True) if rank]
+  ours.save(tmp_path / 'two', back)
+  for file in (ours.WEIGHTS, ours.CONFIG):
+    assert (tmp_path / 'one' / file).read_bytes() == (tmp_path / 'two' / file).read_bytes()
+
+
+def test_a_baked_adapter_has_one_rank_no_patterns_and_the_same_logits(tmp_path):
+  adapter, tokens_BT = mixed(rank_stabilised=True), tiny_model.tokens(2, 9)
+  ours.save(tmp_path, adapter, bake_scale=True)
+  written = json.loads((tmp_path / ours.CONFIG).read_text())
+  assert written['r'] == written['lora_alpha'] == 5
+  assert (written['rank_pattern'], written['alpha_pattern']) == ({}, {})
+  assert not written['use_rslora']
+  back = ours.load(tmp_path, tiny_model.params())
+  np.testing.assert_allclose(our_logits(back, tokens_BT), our_logits(adapter, tokens_BT), atol=1e-4)
+
+
+# Against PEFT itself.
+
+
+@pytest.fixture(scope='module')
+def peers():
+  transformers = pytest.importorskip('transformers', reason='installs on Python 3.11')
+  return pytest.importorskip('peft'), transformers, pytest.importorskip('torch')
+
+
+def peer_logits(peers, model, tokens_BT):
+  _, _, torch = peers
+  with torch.no_grad():
+    return model(torch.from_numpy(np.array(tokens_BT, np.int64))).logits.numpy()
+
+
+def quietly(work):
+  with warnings.catch_warnings():
+    # PEFT reads a name that transformers is about to drop.
+    warnings.simplefilter('ignore', FutureWarning)
+    return work()
+
+
+def load_base(peers, directory):
+  return peers[1].AutoModelForCausalLM.from_pretrained(directory, dtype='float32').eval()
+
+
+VARIANTS = {
+  'plain': {'target_modules': ['o_proj', 'down_proj']},
+  'all': {'target_modules': 'all-linear'},
+  'regex': {'target_modules': r'.*\.[02]\.self_attn\.(q|k)_proj'},
+  'one layer': {'target_modules': ['gate_proj', 'v_proj'], 'layers_to_transform': [1]},
+  'rank stabilised': {'target_modules': ['o_proj'], 'use_rslora': True},
+  'patterns': {
+    'target_modules': ['q_proj', 'o_proj', 'up_proj'],
+    'rank_pattern': {'o_proj': 2, r'layers\.1\.mlp\.up_proj': 7},
+    'alpha_pattern': {r'.*\.0\.self_attn\.q_proj': 31, 'up_proj': 3.5},
+  },
+  'patterns, rank stabilised': {
+    'target_modules': ['q_proj', 'o_proj'],
+    'rank_pattern': {'layers.2.self_attn.q_proj': 8},
+    'alpha_pattern': {'o_proj': 5},
+    'use_rslora': True,
+  },
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_pefts_adapters_say_the_same_here(peers, base_directory, tmp_path, variant):
+  peft, _, torch = peers
+  settings = peft.LoraConfig(
+    r=4, lora_alpha=10, init_lora_weights=False, task_type='CAUSAL_LM', **VARIANTS[variant]
+  )
+  torch.manual_seed(0)
+  tuned = quietly(lambda: peft.get_peft_model(load_base(peers, base_directory), settings)).eval()
+  quietly(lambda: tuned.save_pretrained(tmp_path / 'theirs'))
+  adapter = ours.load(tmp_path / 'theirs', tiny_model.params())
+  tokens_BT = tiny_model.tokens(2, 13)
+  expected = peer_logits(peers, tuned, tokens_BT)
+  logits_BTV = our_logits(adapter, tokens_BT)
+  np.testing.assert_allclose(logits_BTV, expected, atol=5e-4)
+  plain = tiny_model.logits(tiny_model.MODEL, tiny_model.params(), tokens_BT)
+  assert np.abs(logits_BTV - plain).max() > 0.05
+  # And back: the tensors bit by bit, and the same function under our configuration.
+  ours.save(tmp_path / 'ours', adapter)
+  theirs, back = (
+    safetensors.flax.load_file(str(tmp_path / which / ours.WEIGHTS)) for which in ('theirs', 'ours')
+  )
+  assert theirs.keys() == back.keys()
+  assert all(np.array_equal(theirs[name], back[name]) for name in theirs)
+  again = quietly(
+    lambda: peft.PeftModel.from_pretrained(load_base(peers, base_directory), tmp_path / 'ours')
+  )
+  np.testing.assert_allclose(peer_logits(peers, again.eval(), tokens_BT), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('bake', [False, True])
+@pytest.mark.parametrize('rank_stabilised', [False, True])
+def test_our_adapters_say_the_same_in_peft(peers, base_directory, tmp_path, rank_stabilised, bake):
+  adapter, tokens_BT = mixed(rank_stabilised), tiny_model.tokens(2, 13)
+  ours.save(tmp_path, adapter, bake_scale=bake)
+  tuned = quietly(
+    lambda: peers[0].PeftModel.from_pretrained(load_base(peers, base_directory), tmp_path)
+  )
+  np.testing.assert_allclose(
+    peer_logits(peers, tuned.eval(), tokens_BT), our_logits(adapter, tokens_BT), atol=5e-4
+  )
+
+
+# Mistakes.
+
+
+@pytest.fixture
+def saved(tmp_path):
+  ours.save(tmp_path, mixed())
+  return tmp_path
+
+
+def edit(directory, **changes):
+  file = directory / ours.CONFIG
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'says'),
+  [
+    ({'peft_type': 'IA3'}, "peft_type is 'IA3'"),
+    ({'r': None}, 'only LORA with r and lora_alpha'),
+    ({'use_dora': True}, 'use_dora is True'),
+    ({'bias': 'all'}, "bias is 'all'"),
+    ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
+  ],
+)
+def test_a_configuration_that_is_not_read_is_named(saved, changes, says):
+  edit(saved, **changes)
+  with pytest.raises(UserError, match=f'{ours.CONFIG}: .*{says}'):
+    ours.load(saved, tiny_model.params())
+
+
+def test_files_that_are_missing_damaged_or_pickles_are_named(saved):
+  whole = (saved / ours.WEIGHTS).read_bytes()
+  for content in (b'', whole[:7], whole[:200], whole[:-5], b'PK\x03\x04' + whole):
+    (saved / ours.WEIGHTS).write_bytes(content)
+    with pytest.raises(UserError, match=r'adapter_model\.safetensors: damaged or cut short'):
+      ours.load(saved, tiny_model.params())
+  (saved / ours.WEIGHTS).unlink()
+  (saved / 'adapter_model.bin').write_bytes(b'\x80\x04.')
+  with pytest.raises(UserError, match=r'no .*safetensors; adapter_model\.bin is a pickle'):
+    ours.load(saved, tiny_model.params())
+  (saved / ours.CONFIG).write_text('{')
+  with pytest.raises(UserError, match='not the configuration of an adapter'):
+    ours.load(saved, tiny_model.params())
+  with pytest.raises(UserError, match=r'no .*adapter_config\.json'):
+    ours.load(saved / 'nowhere', tiny_model.params())
+
+
+def test_an_adapter_for_another_base_is_named(saved):
+  def narrower(path, leaf):
+    return leaf[..., :-1] if 'down_proj' in str(path) else leaf
+
+  other = jax.tree_util.tree_map_with_path(narrower, tiny_model.params())
+  with pytest.raises(UserError, match=r'down_proj has A .* for another base'):
+    ours.load(saved, other)
+  fewer = jax.tree.map(lambda leaf: leaf[:2], tiny_model.params()['layers'])
+  with pytest.raises(UserError, match=r'layer 2, and the base has 2'):
+    ours.load(saved, tiny_model.params() | {'layers': fewer})
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight',
+    'base_model.model.model.embed_tokens.lora_embedding_A',
+    'base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector',
+  ],
+)
+def test_a_tensor_that_has_no_place_is_named(saved, name):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  tensors[name] = jnp.zeros((4, 4))
+  safetensors.flax.save_file(tensors, str(saved / ours.WEIGHTS))
+  with pytest.raises(UserError, match=f'tensor {name} is none of this base'):
+    ours.load(saved, tiny_model.params())
+
+
+def test_half_a_pair_is_named(saved):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  del tensors[next(name for name in tensors if 'lora_B' in name)]
+  safetensors.flax.save_file(tensors, str(saved / ours.WEIGHTS))
+  with pytest.raises(UserError, match='has lora_A alone'):
+    ours.load(saved, tiny_model.params())
+
+
+def test_one_rank_and_alpha_need_no_patterns(tmp_path):
+  trained = tiny_model.trained_adapters('o_proj,fc2')
+  ours.save(tmp_path, ours.uniform(trained, tiny_model.RANK, 8.0))
+  written = json.loads((tmp_path / ours.CONFIG).read_text())
+  assert written['target_modules'] == ['down_proj', 'o_proj']
+  assert (written['r'], written['lora_alpha']) == (tiny_model.RANK, 8.0)
+  assert (written['rank_pattern'], written['alpha_pattern']) == ({}, {})
+  back = ours.load(tmp_path, tiny_model.params())
+  for path, leaf in flatten_dict(back.params).items():
+    np.testing.assert_array_equal(leaf, flatten_dict(trained)[path])
