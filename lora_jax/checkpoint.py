@@ -27,12 +27,13 @@ def save(directory: Path, adapters: Mapping[str, Any]) -> None:
     raise UserError(f'cannot write {directory}: {error.strerror}; give another --out') from error
 
 
-def load(directory: Path, like: Mapping[str, Any]) -> Any:
+def load(directory: Path, like: Mapping[str, Any] | None = None) -> Any:
   """Reads an adapter tree.
 
   Args:
     directory: as it was saved.
-    like: the tree expected, or its shapes; `lora.init` under `jax.eval_shape`.
+    like: the tree expected, or its shapes (`lora.init` under `jax.eval_shape`); None:
+      whatever is there.
 
   Raises:
     UserError: there is no adapter, or it has other modules or shapes.
@@ -40,7 +41,6 @@ def load(directory: Path, like: Mapping[str, Any]) -> Any:
   missing = UserError(f'no adapter in {directory}; give the .adapter directory of a finished cell')
   if not directory.is_dir():
     raise missing
-  shapes = jax.eval_shape(lambda: like)
   with ocp.StandardCheckpointer() as checkpointer:
     try:
       held = checkpointer.metadata(directory.absolute()).item_metadata
@@ -49,9 +49,11 @@ def load(directory: Path, like: Mapping[str, Any]) -> Any:
     if held is None:
       raise missing
     # Compared before anything is read: a restore that fails leaves reads under way.
-    wrong = _difference(_shapes(held.tree), _shapes(shapes))
+    wrong = '' if like is None else _difference(_shapes(held.tree), _shapes(like))
     if wrong:
       raise UserError(f'{directory} holds another adapter than expected: {wrong}')
+    of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    shapes = jax.tree.map(of, held.tree if like is None else like)
     return checkpointer.restore(directory.absolute(), shapes)
 
 

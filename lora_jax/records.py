@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
     raise UserError(f'{path} is not a readable record; delete it and run again') from error
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
   """Reads a cell's record, which holds all that readers of records count on.
 
   Raises:
@@ -220,7 +220,7 @@ class RunDirectory:
     file = self.cell_file(cell)
     if not file.exists():
       return False
-    held = _read_record(file)['provenance']
+    held = read_record(file)['provenance']
     for what, value in provenance.items():
       if held.get(what) != value:
         raise UserError(
@@ -253,7 +253,7 @@ class RunDirectory:
     Raises:
       UserError: a record was written by another version, or is damaged.
     """
-    return [_read_record(path) for path in sorted((self.path / 'cells').glob('*.json'))]
+    return [read_record(path) for path in sorted((self.path / 'cells').glob('*.json'))]
 
   def latency(self) -> dict[str, Any] | None:
     """What `write_latency` wrote, or None.

@@ -8,7 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lora_jax import checkpoint
+from lora_jax.hub import bases, peft
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ('--preset=smoke', '--targets=o_proj,fc2', '--steps=2', '--test_rows=2')
@@ -66,6 +70,44 @@ def test_finished_cells_are_skipped_and_the_report_is_the_same(finished):
   assert {path: path.stat().st_mtime_ns for path in (out / 'cells').glob('*.json')} == cells
   assert (out / 'report.md').read_bytes() == report
   assert 'train medmcqa' not in again.stderr
+
+
+def export(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.export', *arguments],
+    capture_output=True, text=True, cwd=ROOT, check=False, timeout=300,
+  )  # fmt: skip
+
+
+def test_a_cells_adapter_is_exported_as_it_was_trained(finished, tmp_path):
+  out, _, _ = finished
+  cell = out / 'cells' / 'cocohd-o_proj,fc2-equal_rank-seed0.adapter'
+  done = export(f'--adapter={cell}', f'--out={tmp_path / "adapter"}')
+  assert done.returncode == 0, done.stderr
+  assert str(tmp_path / 'adapter') in done.stdout.splitlines()[-1]
+  settings = json.loads(cell.with_suffix('.json').read_text())['settings']
+  exported = peft.load(tmp_path / 'adapter', bases.load('tiny').params)
+  scale = settings['lora']['alpha'] / settings['lora']['rank']
+  for path, scales in exported.scales().items():
+    assert (scales == scale).all()
+    block, module = path.split('/')[1:]
+    for leaf, value in checkpoint.load(cell)['layers'][block][module].items():
+      np.testing.assert_array_equal(value, exported.params['layers'][block][module][leaf])
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'says'),
+  [
+    ([], '--adapter='),
+    (['--adapter=nowhere.adapter', '--out=x'], 'no adapter in nowhere.adapter'),
+    (['--adapter=tests', '--out=x'], 'no adapter in tests'),
+  ],
+)
+def test_a_mistake_in_an_export_is_one_line(arguments, says):
+  done = export(*arguments)
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1
+  assert says in done.stderr
 
 
 def test_other_settings_in_the_same_directory_are_refused(finished):

