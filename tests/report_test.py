@@ -10,7 +10,7 @@ from PIL import Image
 from planted_run import HEADLINES, plant, plant_latency, plant_status, start
 
 from lora_jax.errors import UserError
-from lora_jax.presets import ARTICLE_TARGETS
+from lora_jax.presets import ARTICLE_TARGETS, PRESETS
 from lora_jax.records import Cell, RunDirectory, write_json
 from lora_jax.report import markdown, report, results, tables, terminal
 
@@ -213,6 +213,7 @@ def test_costs_latency_and_other_scores(run):
 
 def test_what_was_run_is_said(run):
   text, held, _ = written(run)
+  quick = PRESETS['quick'].train
   for fact in (
     '`smollm2-135m-instruct`',
     'dequantised Q4_1',
@@ -221,7 +222,7 @@ def test_what_was_run_is_said(run):
     'alpha 32',
     '0.0005',
     '4 times that for B',
-    '16 steps of 2,048 tokens',
+    f'{quick.steps} steps of {quick.tokens_per_batch:,} tokens',
     '512 tokens',
     'bfloat16',
     '1 seed (0)',
