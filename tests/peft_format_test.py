@@ -214,7 +214,15 @@ def edit(directory, **changes):
   ('changes', 'says'),
   [
     ({'peft_type': 'IA3'}, "peft_type is 'IA3'"),
-    ({'r': None}, 'only LORA with r and lora_alpha'),
+    ({'lora_alpha': float('nan')}, 'the alpha of lora_alpha is nan'),
+    ({'lora_alpha': True}, 'the alpha of lora_alpha is True'),
+    ({'alpha_pattern': [1]}, 'not the configuration of an adapter'),
+    ({'alpha_pattern': {'(': 3}}, 'is no pattern'),
+    ({'alpha_pattern': {'o_proj': None}}, 'the alpha of o_proj is None'),
+    ({'use_rslora': 'no'}, "use_rslora is 'no'"),
+    ({'init_lora_weights': 'pissa_niter_4'}, 'pissa_niter_4.*, which changed the base'),
+    ({'init_lora_weights': 'OLoRA'}, 'olora.*, which changed the base'),
+    ({'layer_replication': [[0, 2]]}, 'layer_replication'),
     ({'use_dora': True}, 'use_dora is True'),
     ({'bias': 'all'}, "bias is 'all'"),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
@@ -269,6 +277,33 @@ def test_a_tensor_that_has_no_place_is_named(saved, name):
   safetensors.flax.save_file(tensors, str(saved / ours.WEIGHTS))
   with pytest.raises(UserError, match=f'tensor {name} is none of this base'):
     ours.load(saved, tiny_model.params())
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
+def test_a_tensor_of_a_dtype_that_is_not_read_is_named(saved, dtype):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  cast = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+  safetensors.flax.save_file(cast, str(saved / ours.WEIGHTS))
+  with pytest.raises(UserError, match='give one of F32, F16, BF16'):
+    ours.load(saved, tiny_model.params())
+
+
+def test_layers_of_different_dtypes_are_not_rounded(saved):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  first = next(name for name in tensors if 'layers.0.self_attn.o_proj.lora_A' in name)
+  mixed_up = tensors | {first: tensors[first].astype(jnp.bfloat16)}
+  safetensors.flax.save_file(mixed_up, str(saved / ours.WEIGHTS))
+  a = ours.load(saved, tiny_model.params()).params['layers']['attn']['o_proj']['a']
+  assert a.dtype == jnp.float32
+  np.testing.assert_array_equal(a[1].T, tensors[first.replace('layers.0', 'layers.1')])
+
+
+def test_an_adapter_on_no_layer_is_not_written(tmp_path):
+  adapter = mixed()
+  nowhere = dict.fromkeys(adapter.ranks, (0,) * LAYERS)
+  with pytest.raises(UserError, match='nothing to write'):
+    ours.save(tmp_path / 'out', ours.Adapter(adapter.params, nowhere, adapter.alphas))
+  assert not (tmp_path / 'out').exists()
 
 
 def test_half_a_pair_is_named(saved):

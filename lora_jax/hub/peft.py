@@ -13,6 +13,7 @@ configuration gives the alphas.
 
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ from lora_jax.errors import UserError
 from lora_jax.records import write_bytes, write_json
 
 WEIGHTS, CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+
+# As safetensors calls them.
+_DTYPES = ('F32', 'F16', 'BF16')
 
 # Our block -> the Hugging Face name of the module that holds its Dense layers.
 _BLOCKS = {'attn': 'self_attn', 'mlp': 'mlp'}
@@ -47,7 +51,10 @@ _UNSUPPORTED = {
   'trainable_token_indices': (None,),
   'alora_invocation_tokens': (None,),
   'target_parameters': (None, []),
+  'layer_replication': (None, []),
 }
+# Initialisations that change the base too, so that A and B mean nothing without it.
+_CHANGES_BASE = ('pissa', 'corda', 'olora', 'loftq', 'lora_ga')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +105,10 @@ def save(directory: Path, adapter: Adapter, bake_scale: bool = False) -> None:
       is then larger, and a scale that is no power of two rounds B.
 
   Raises:
-    UserError: the directory cannot be written to.
+    UserError: the directory cannot be written to, or no layer is adapted.
   """
+  if not any(any(ranks) for ranks in adapter.ranks.values()):
+    raise UserError('the adapter has rank 0 everywhere, so there is nothing to write')
   if bake_scale:
     adapter = _baked(adapter)
   tensors = {}
@@ -113,8 +122,9 @@ def save(directory: Path, adapter: Adapter, bake_scale: bool = False) -> None:
   content = safetensors.flax.save(
     {name: jnp.asarray(tensor) for name, tensor in tensors.items()}, metadata={'format': 'pt'}
   )
-  # The weights last: a directory that has them is whole.
-  (directory / WEIGHTS).unlink(missing_ok=True)
+  # Old weights go before the new configuration comes: a directory that has both is whole.
+  if (directory / WEIGHTS).exists():
+    (directory / WEIGHTS).unlink()
   write_json(directory / CONFIG, config(adapter))
   write_bytes(directory / WEIGHTS, content)
 
@@ -196,7 +206,7 @@ def load(directory: Path, params: Mapping[str, Any]) -> Adapter:
     alphas[path] = tuple(
       _alpha(settings, _name(path, layer)) if ranks[path][layer] else 0.0 for layer in range(layers)
     )
-    dtype = next(iter(found[path].values()))['A'].dtype
+    dtype = jnp.result_type(*(leaf for pair in found[path].values() for leaf in pair.values()))
     a = np.zeros((layers, fan_in, max(ranks[path])), dtype)
     b = np.zeros((layers, max(ranks[path]), fan_out), dtype)
     for layer, pair in found[path].items():
@@ -208,7 +218,7 @@ def load(directory: Path, params: Mapping[str, Any]) -> Adapter:
     ranks=ranks,
     alphas=alphas,
     rank_stabilised=bool(settings.get('use_rslora')),
-    base=settings.get('base_model_name_or_path') or '',
+    base=str(settings.get('base_model_name_or_path') or ''),
   )
 
 
@@ -253,11 +263,26 @@ def _read_config(directory: Path) -> dict[str, Any]:
   try:
     settings = json.loads(file.read_text(encoding='utf-8'))
     kind = settings['peft_type']
-    usable = isinstance(settings['r'], int) and isinstance(settings['lora_alpha'], int | float)
+    alphas = {'lora_alpha': settings['lora_alpha'], **(settings.get('alpha_pattern') or {})}
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{file}: not the configuration of an adapter ({error})') from error
-  if kind != 'LORA' or not usable:
-    raise UserError(f'{file}: peft_type is {kind!r}; only LORA with r and lora_alpha is read')
+  if kind != 'LORA':
+    raise UserError(f'{file}: peft_type is {kind!r}, and only LORA is read')
+  for name, alpha in alphas.items():
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+      raise UserError(f'{file}: the alpha of {name} is {alpha!r}, not a number')
+    try:
+      re.compile(name)
+    except re.error as error:
+      raise UserError(f'{file}: alpha_pattern {name!r} is no pattern ({error})') from error
+  if settings.get('use_rslora') not in (True, False, None):
+    raise UserError(f'{file}: use_rslora is {settings["use_rslora"]!r}, not true or false')
+  init = str(settings.get('init_lora_weights')).lower()
+  if init.startswith(_CHANGES_BASE):
+    raise UserError(
+      f'{file}: init_lora_weights is {init!r}, which changed the base; convert it to plain LoRA '
+      'with PEFT (`path_initial_model_for_weight_conversion`)'
+    )
   for key, neutral in _UNSUPPORTED.items():
     if settings.get(key, neutral[0]) not in neutral:
       raise UserError(f'{file}: {key} is {settings[key]!r}, which is not supported')
@@ -271,6 +296,12 @@ def _read_tensors(directory: Path) -> dict[str, Any]:
     also = f'; {pickled.name} is a pickle, which is never read: save it as safetensors'
     raise UserError(f'no {file}{also if pickled.exists() else ""}')
   try:
+    with safetensors.safe_open(str(file), framework='flax') as stored:
+      names = stored.keys()
+      for name in names:
+        kind = stored.get_slice(name).get_dtype()
+        if kind not in _DTYPES:
+          raise UserError(f'{file}: tensor {name} is {kind}; give one of {", ".join(_DTYPES)}')
     return safetensors.flax.load_file(str(file))
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise UserError(f'{file}: damaged or cut short ({" ".join(str(error).split())})') from error
