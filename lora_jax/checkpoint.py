@@ -1,11 +1,13 @@
 """Adapters on disk, through orbax."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import flatten_dict
 
 from lora_jax.errors import UserError
@@ -39,15 +41,19 @@ def load(directory: Path, like: Mapping[str, Any] | None = None) -> Any:
     UserError: there is no adapter, or it has other modules or shapes.
   """
   missing = UserError(f'no adapter in {directory}; give the .adapter directory of a finished cell')
+  damaged = UserError(
+    f'{directory} holds no whole adapter; delete the record beside it and run the cell again'
+  )
   if not directory.is_dir():
     raise missing
   with ocp.StandardCheckpointer() as checkpointer:
-    try:
-      held = checkpointer.metadata(directory.absolute()).item_metadata
-    except FileNotFoundError as error:
-      raise missing from error
+    with _silent():
+      try:
+        held = checkpointer.metadata(directory.absolute()).item_metadata
+      except (OSError, ValueError, KeyError) as error:
+        raise damaged from error
     if held is None:
-      raise missing
+      raise damaged
     # Compared before anything is read: a restore that fails leaves reads under way.
     wrong = '' if like is None else _difference(_shapes(held.tree), _shapes(like))
     if wrong:
@@ -55,6 +61,17 @@ def load(directory: Path, like: Mapping[str, Any] | None = None) -> Any:
     of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     shapes = jax.tree.map(of, held.tree if like is None else like)
     return checkpointer.restore(directory.absolute(), shapes)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+  """Keeps orbax from logging what is said in one line already."""
+  level = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(level)
 
 
 def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -125,7 +125,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _holds_all(record: Mapping[str, Any]) -> bool:
-  parts = ('cell', 'base', 'provenance', 'rows', 'versions')
+  parts = ('cell', 'settings', 'base', 'provenance', 'rows', 'versions')
   if not all(isinstance(record[part], dict) for part in parts):
     return False
   if record['status'] == 'diverged':
@@ -167,11 +167,16 @@ class RunDirectory:
     file = self.path / 'run.json'
     shared = json.loads(json.dumps(shared))
     # A run that ended before its first cell has nothing that other settings could spoil.
-    if file.exists() and any((self.path / 'cells').glob('*.json')):
-      record = read_json(file)
+    if any((self.path / 'cells').glob('*.json')):
+      try:
+        record = read_json(file)
+      except UserError:
+        record = None
       held = record.get('shared') if isinstance(record, dict) else None
       if not isinstance(held, dict):
-        raise UserError(f'{file} is not a run of format {FORMAT}; give another --out')
+        raise UserError(
+          f'{file} does not say under which settings the cells beside it ran; give another --out'
+        )
       old, new = flatten_dict(held, sep='.'), flatten_dict(shared, sep='.')
       differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
       if differing:

@@ -15,7 +15,14 @@ from lora_jax.records import Cell, RunDirectory
 
 MADE_FROM = {'rows': '12ab', 'base': '34cd'}
 CELL = Cell('tiny', 'medmcqa', 'o_proj,fc2', 'equal_rank', 3)
-COMMON = {'status': 'needs vision', 'provenance': MADE_FROM, 'base': {}, 'rows': {}, 'versions': {}}
+COMMON = {
+  'status': 'needs vision',
+  'provenance': MADE_FROM,
+  'settings': {},
+  'base': {},
+  'rows': {},
+  'versions': {},
+}
 SCORES = {
   'headline': 'accuracy',
   'means': {'accuracy': 100.0},
@@ -160,6 +167,15 @@ def test_a_damaged_run_file_is_named(tmp_path, content):
     run.claim({'rank': 4})
 
 
+def test_cells_without_their_settings_are_not_mixed_with_new_ones(tmp_path):
+  run = RunDirectory(tmp_path)
+  run.claim({'rank': 4})
+  run.write_cell(CELL, RECORD)
+  (tmp_path / 'run.json').unlink()
+  with pytest.raises(UserError, match='does not say under which settings'):
+    run.claim({'rank': 8})
+
+
 def test_bytes_that_are_no_text_are_damage(tmp_path):
   (tmp_path / 'x.json').write_bytes(b'"\xff\xfe"')
   with pytest.raises(UserError, match='not a readable record'):
@@ -230,8 +246,8 @@ def test_a_record_of_other_rows_or_another_base_is_refused(tmp_path):
 
 def test_a_refused_setting_is_named_by_its_path(tmp_path):
   run = RunDirectory(tmp_path)
-  run.write_cell(CELL, RECORD)
   run.claim({'settings': {'lora': {'rank': 4, 'alpha': 8}}})
+  run.write_cell(CELL, RECORD)
   with pytest.raises(UserError, match=r'settings\.lora\.rank=4, not 16;'):
     run.claim({'settings': {'lora': {'rank': 16, 'alpha': 8}}})
 
