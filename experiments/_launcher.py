@@ -7,9 +7,11 @@ if __name__ == '__main__':
 import importlib.metadata
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from absl import app, flags, logging
 
@@ -68,7 +70,13 @@ def cpu_has_bfloat16(cpuinfo: Path = Path('/proc/cpuinfo')) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; a user's mistake is one line and exit code 2."""
+  """Parses the flags and calls `main`; a user's mistake is one line and exit code 2.
+
+  Until `main` calls `imported`, Ctrl-C ends the process at once: libraries turn an
+  interrupt during their import into errors of their own.
+  """
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _stop_at_once)
   prefer_huge_pages()
   prefer_wide_vectors()
 
@@ -82,6 +90,17 @@ def run(main: Callable[[], None]) -> None:
       main()
 
   app.run(checked, flags_parser=_parse)
+
+
+def imported() -> None:
+  """Says that nothing heavy is left to import: Ctrl-C is a `KeyboardInterrupt` from here on."""
+  if signal.getsignal(signal.SIGINT) is _stop_at_once:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop_at_once(signum: int, frame: FrameType | None) -> None:
+  os.write(2, b'\nstopped\n')
+  os._exit(130)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -135,6 +135,7 @@ def main() -> None:
   from lora_jax.study import Grid, Study, check_targets
   from lora_jax.transformer import abstract_params
 
+  _launcher.imported()
   cache = Path(_CACHE.value).expanduser()
   jax.config.update('jax_compilation_cache_dir', str(cache / 'jax'))
 
@@ -166,6 +167,10 @@ def main() -> None:
   run = RunDirectory(Path(out).expanduser())
   data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
   run.claim({'settings': dataclasses.asdict(settings), 'data': data})
+  try:
+    cache.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--cache={cache}: {error.strerror}; give another directory') from error
 
   try:
     base = bases.load(settings.base, cache)

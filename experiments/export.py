@@ -28,6 +28,7 @@ def main() -> None:
   from lora_jax import checkpoint, lora, records
   from lora_jax.hub import peft
 
+  _launcher.imported()
   directory, out = Path(_ADAPTER.value).expanduser(), Path(_OUT.value).expanduser()
   record_file = directory.with_suffix('.json')
   if directory.suffix != '.adapter' or not directory.is_dir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -16,13 +17,17 @@ def exit_on_user_error() -> Iterator[None]:
   """Turns what the user can mend into one line on stderr and exit code 2.
 
   That is a `UserError`, a file or path that the system refuses, and a device that has
-  no memory left. Ctrl-C is 130, as in a shell. Launchers wrap their `main` in it;
-  library code raises and never exits.
+  no memory left. Ctrl-C is 130 and a closed pipe 141, as in a shell. Launchers wrap
+  their `main` in it; library code raises and never exits.
   """
   try:
     yield
   except UserError as error:
     _exit(str(error))
+  except BrokenPipeError:
+    # Who read our output has gone, as `head` does; the flush at exit must not say so again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       _exit(f'{error.strerror}; make room, the same command goes on from there')
