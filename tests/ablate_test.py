@@ -168,9 +168,12 @@ def test_a_row_without_a_field_names_file_and_line(tmp_path):
 def test_ctrl_c_keeps_finished_cells_and_the_run_goes_on(tmp_path):
   out = tmp_path / 'out'
   arguments = (*SMOKE, '--datasets=medmcqa,invoice_ocr', f'--out={out}')
+  # A shell starts background jobs with interrupts ignored, and children inherit that.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = subprocess.Popen(
     command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
   )
+  signal.signal(signal.SIGINT, before)
   first = out / 'cells' / 'medmcqa-base.json'
   deadline = time.monotonic() + 240
   while not first.exists() and process.poll() is None and time.monotonic() < deadline:
