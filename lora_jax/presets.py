@@ -40,7 +40,7 @@ PRESETS = {
   # The default: every dataset on two CPU cores while one waits.
   'quick': Settings(
     train=TrainConfig(
-      steps=16, tokens_per_batch=1024, max_length=512, train_rows=512, eval_rows=8, eval_every=8
+      steps=20, tokens_per_batch=512, max_length=512, train_rows=512, eval_rows=8, eval_every=20
     ),
     eval=EvalConfig(test_rows=24, batch_rows=24, max_new_tokens=160),
     latency_turns=7,

@@ -9,6 +9,7 @@ and its shape never changes. Attention keeps packed rows apart by `segments`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -22,13 +23,13 @@ from lora_jax.hub.tokenizer import ChatTokenizer
 # Rows of a batch are a multiple of this, which suits every device's matrix units.
 _ROW_MULTIPLE = 128
 
-# A row of the batch holds about so many rows of the data, for then little of it stays
-# empty; but it grows no longer than this for it, since attention costs more with length.
-_ROWS_PER_ROW = 4
-_LENGTH_FOR_PACKING = 256
+# Attention over a row of so many tokens costs as much as all else (BUILD_NOTES.md, Speed).
+_EVEN_LENGTH = 768
 
 # Rows that packing keeps open at once; more of them leave less padding, up to here.
 _OPEN_ROWS = 32
+# Very short rows are not all tried.
+_MOST_PACKED = 10_000
 
 # tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32.
 Batch = dict[str, np.ndarray]
@@ -60,13 +61,29 @@ def encode_split(
 def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
   """The shape that holds every row, with at most `tokens_per_batch` where one row allows it.
 
-  A row of the batch is as long as the longest row of the data, and longer where those
-  are short, so that several are packed into it.
+  A row of the batch holds the longest row of the data. It is longer than that where
+  packing then leaves so much less of it empty that a real token costs less, although
+  attention costs more with length.
   """
   lengths = [len(row) for row in rows]
-  several = min(_ROWS_PER_ROW * sum(lengths) / len(lengths), _LENGTH_FOR_PACKING, tokens_per_batch)
-  length = math.ceil(max(*lengths, several) / _ROW_MULTIPLE) * _ROW_MULTIPLE
+  least = math.ceil(max(lengths) / _ROW_MULTIPLE) * _ROW_MULTIPLE
+  most = max(least, min(tokens_per_batch, 2 * _EVEN_LENGTH))
+  cost = lambda length: (1 + length / _EVEN_LENGTH) / _share_filled(lengths, length)
+  length = min(range(least, most + 1, _ROW_MULTIPLE), key=cost)
   return BatchShape(rows=max(1, tokens_per_batch // length), length=length)
+
+
+def _share_filled(lengths: Sequence[int], length: int) -> float:
+  """How much of a packed batch is not padding, from packing the first rows as grain does."""
+  placed, room = 0, [length] * _OPEN_ROWS
+  for rounds, size in enumerate(itertools.cycle(lengths)):
+    fits = next((i for i, left in enumerate(room) if size <= left), None)
+    # Once a row fits nowhere, all open rows of the batch are full enough and are handed on.
+    if fits is None or rounds == _MOST_PACKED:
+      break
+    room[fits] -= size
+    placed += size
+  return placed / (length * _OPEN_ROWS)
 
 
 def training_batches(rows: Sequence[Encoded], shape: BatchShape, seed: int) -> Iterator[Batch]:
