@@ -7,8 +7,33 @@ CACHE = '~/.cache/lora_jax'
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched for contexts longer than those trained on.
+
+  Attributes:
+    kind: 'linear' (positions divided by `factor`), 'llama3' (Llama 3.1: only long
+      wavelengths, smoothly between the two bounds) or 'yarn' (Peng et al. 2023).
+    factor: how many times longer.
+    original_length: context of the unscaled model, in tokens ('llama3', 'yarn').
+    low: 'llama3': wavelengths beyond `original_length / low` are divided by `factor`;
+      'yarn': `beta_slow`.
+    high: 'llama3': those below `original_length / high` are kept; 'yarn': `beta_fast`.
+    attention_factor: what queries and keys are multiplied by ('yarn'); 1 elsewhere.
+  """
+
+  kind: str
+  factor: float
+  original_length: int = 0
+  low: float = 1.0
+  high: float = 1.0
+  attention_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape of a decoder-only Transformer (the Llama family).
+  """Shape of a decoder-only Transformer: one for all families, which differ in fields.
+
+  A tuple over layers has `num_layers` entries, or none where all layers are alike.
 
   Attributes:
     vocab_size: rows of the embedding table (V).
@@ -22,6 +47,24 @@ class ModelConfig:
     rope_theta: base of the rotary frequencies.
     norm_eps: epsilon of RMSNorm.
     tie_embeddings: whether the output head is the transposed embedding table.
+    rope_scaling: how the frequencies are stretched, or None.
+    rope_thetas: over layers: the base of this layer's frequencies where layers differ,
+      0 for a layer without positions (SmolLM3). `rope_scaling` applies to the layers
+      whose base is `rope_theta`.
+    windows: over layers: how many of the latest tokens, its own included, a token
+      sees; 0 for all.
+    qkv_bias: whether queries, keys and values have a bias (Qwen 2).
+    output_bias: whether the attention's output projection has one.
+    mlp_bias: whether the feed-forward projections have one.
+    qk_norm: whether each head's queries and keys are normalised (Qwen 3, Gemma 3).
+    post_norms: whether the outputs of attention and feed-forward are normalised too,
+      before they are added (Gemma).
+    norm_offset: added to the weight of every RMSNorm (Gemma: 1).
+    activation: of the gate: 'silu' or 'gelu_tanh'.
+    embed_scale: what token embeddings are multiplied by (Gemma: sqrt(D)).
+    query_scale: what scores are multiplied by; None: head_dim ** -0.5.
+    attention_cap: scores s become cap * tanh(s / cap) (Gemma 2); 0: as they are.
+    logit_cap: the same for logits.
   """
 
   vocab_size: int
@@ -35,6 +78,20 @@ class ModelConfig:
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-5
   tie_embeddings: bool = True
+  rope_scaling: RopeScaling | None = None
+  rope_thetas: tuple[float, ...] = ()
+  windows: tuple[int, ...] = ()
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  post_norms: bool = False
+  norm_offset: float = 0.0
+  activation: str = 'silu'
+  embed_scale: float = 1.0
+  query_scale: float | None = None
+  attention_cap: float = 0.0
+  logit_cap: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
