@@ -45,6 +45,20 @@ _KINDS = {
 }
 
 
+def parse_line(line: bytes, where: str) -> Any:
+  """The JSON value of one line of a file.
+
+  Raises:
+    UserError: it is not UTF-8, or not JSON.
+  """
+  try:
+    return json.loads(line.decode('utf-8-sig'))
+  except UnicodeDecodeError:
+    raise UserError(f'{where}: not UTF-8 text; save the file as UTF-8') from None
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{where}: not valid JSON ({error}); one object a line') from None
+
+
 def check_row(task: Task, record: Any, where: str) -> dict[str, Any]:
   """A row with exactly the task's fields; an absent optional field is None.
 

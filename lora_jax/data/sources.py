@@ -13,14 +13,13 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import json
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
 from lora_jax.data.canonical import Hub as Hub
-from lora_jax.data.rows import check_row
+from lora_jax.data.rows import check_row, parse_line
 from lora_jax.data.task import Task
 from lora_jax.errors import UserError
 
@@ -167,7 +166,7 @@ class Directory:
         if not line.strip():
           continue
         where = f'{path}:{number}'
-        record = _parse(line, where)
+        record = parse_line(line, where)
         record = self._with_images(task, record, where, load_images)
         row = check_row(task, record, where)
         row['id'] = row['id'] or f'{split}-{len(first_line)}'
@@ -200,15 +199,6 @@ class Directory:
         raise UserError(f'{where}: field {field!r} names {path}, which is not there')
       record[field] = path.read_bytes() if load else b''
     return record
-
-
-def _parse(line: bytes, where: str) -> Any:
-  try:
-    return json.loads(line.decode('utf-8-sig'))
-  except UnicodeDecodeError:
-    raise UserError(f'{where}: not UTF-8 text; save the file as UTF-8') from None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{where}: not valid JSON ({error}); one object a line') from None
 
 
 def _posed(task: Task, row: dict[str, Any]) -> str:
