@@ -151,6 +151,8 @@ class TrainConfig:
     train_rows: rows used of the train split, from its start; 0 means all.
     eval_rows: rows of the train split kept out of training to watch the loss on.
     eval_every: updates between two evaluations of that loss.
+    keep_best: give back the adapter of the lowest evaluation loss rather than the last.
+    patience: stop after so many evaluations in a row without a lower loss; 0: never.
     dtype: of activations and of the frozen base: 'bfloat16' or 'float32'.
     remat: recompute blocks in the backward pass to save memory.
   """
@@ -161,6 +163,8 @@ class TrainConfig:
   train_rows: int = 0
   eval_rows: int = 16
   eval_every: int = 20
+  keep_best: bool = False
+  patience: int = 0
   dtype: str = 'bfloat16'
   remat: bool = False
 

@@ -13,19 +13,24 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import urllib.parse
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 from flax.traverse_util import flatten_dict
 
 from lora_jax.errors import UserError
 
 FORMAT = 1
+
+_PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'numpy')
 
 # What file systems over a network say that have no locks; there, take turns yourself.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -142,6 +147,12 @@ def _holds_all(record: Mapping[str, Any]) -> bool:
   )
 
 
+def versions() -> dict[str, str]:
+  """Versions of what a result depends on."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  return {'python': platform.python_version(), 'device': jax.devices()[0].device_kind, **found}
+
+
 class RunDirectory:
   """The records of one run."""
 
@@ -163,7 +174,7 @@ class RunDirectory:
       UserError: the directory holds a run with another configuration, is in use, or
         cannot be written to.
     """
-    self._lock_directory()
+    self.lock()
     file = self.path / 'run.json'
     shared = json.loads(json.dumps(shared))
     # A run that ended before its first cell has nothing that other settings could spoil.
@@ -187,7 +198,12 @@ class RunDirectory:
         )
     write_json(file, {'format': FORMAT, 'shared': shared})
 
-  def _lock_directory(self) -> None:
+  def lock(self) -> None:
+    """Makes the directory and keeps it for this process while this object lives.
+
+    Raises:
+      UserError: another process has it, or it cannot be written to.
+    """
     if self._locked:
       return
     file = self.path / '.lock'

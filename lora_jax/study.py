@@ -5,16 +5,11 @@ and a longer grid keeps what a shorter one computed.
 """
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
-import json
-import math
-import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +29,10 @@ from lora_jax.errors import UserError
 from lora_jax.evaluate import Scores, score_task
 from lora_jax.hub.bases import Base
 from lora_jax.presets import EQUAL_RANK, Settings
-from lora_jax.records import Cell, RunDirectory
-from lora_jax.train import DivergedError, Outcome, train
+from lora_jax.records import Cell, RunDirectory, versions
+from lora_jax.tracking import json_lines
+from lora_jax.train import DivergedError, train
 from lora_jax.transformer import Transformer
-
-_PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'numpy')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +139,7 @@ class Study:
             self._settings.lora,
             self._settings.optim,
             cell.seed,
-            log=functools.partial(_log, metrics),
+            log=json_lines(metrics),
             what=f'train {label}',
           )
         except DivergedError as error:
@@ -154,7 +148,7 @@ class Study:
           return
       checkpoint.save(self._run.cell_file(cell).with_suffix('.adapter'), outcome.adapters)
       record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters))
-      record['train'] = _training_record(outcome)
+      record['train'] = outcome.record()
       params = lora.attach(self._params, outcome.adapters, self._settings.lora.scale)
     scores = score_task(
       self._model,
@@ -243,31 +237,6 @@ class _Rows:
   def counts(self) -> dict[str, int]:
     """For the record: how many rows, and in what shape."""
     return self._counts
-
-
-def _log(file: TextIO, entry: Mapping[str, float]) -> None:
-  """Writes a line of metrics; what is not finite is no JSON number and becomes null."""
-  print(
-    json.dumps({k: _finite(v) for k, v in entry.items()}, allow_nan=False), file=file, flush=True
-  )
-
-
-def _finite(value: float) -> float | None:
-  return value if math.isfinite(value) else None
-
-
-def versions() -> dict[str, str]:
-  """Versions of what a result depends on."""
-  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  return {'python': platform.python_version(), 'device': jax.devices()[0].device_kind, **found}
-
-
-def _training_record(outcome: Outcome) -> dict[str, Any]:
-  fields = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
-  del fields['adapters']
-  fields['losses'] = [_finite(loss) for loss in outcome.losses]
-  fields['eval_losses'] = [[step, _finite(loss)] for step, loss in outcome.eval_losses]
-  return fields
 
 
 def _scores_record(scores: Scores) -> dict[str, Any]:

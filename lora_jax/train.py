@@ -6,6 +6,7 @@ differentiated, optimised, donated or saved.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,15 +24,13 @@ from lora_jax.kernels import dot
 from lora_jax.loss import completion_loss
 from lora_jax.optim import optimizer
 from lora_jax.progress import Progress
+from lora_jax.tracking import Log, finite
 from lora_jax.transformer import Transformer, head_kernel
 
 Params = Mapping[str, Any]
 
 # Bad updates in a row after which a run is given up.
 _MAX_BAD_STEPS = 5
-
-# Called with {'step', 'loss', ...} of a training step or {'step', 'eval_loss'}.
-Log = Callable[[dict[str, float]], None]
 
 
 class DivergedError(Exception):
@@ -60,9 +59,9 @@ class Outcome:
   """A trained adapter and how it came about.
 
   Attributes:
-    adapters: the adapter tree.
+    adapters: the adapter tree, as it was after `kept_step` updates.
     losses: mean completion loss of each step, nats a token.
-    eval_losses: (step, loss) on the rows kept out.
+    eval_losses: (step, loss) on the rows kept out; step 0 is the base.
     tokens: real tokens seen, padding not counted.
     completion_tokens: those of them with a loss.
     examples: rows seen, counted each time.
@@ -70,6 +69,8 @@ class Outcome:
     compile_seconds: time until the first step had ended.
     eval_seconds: time spent on the rows kept out.
     bad_steps: updates left out because they were not finite.
+    kept_step: updates that `adapters` has seen.
+    stopped: 'finished', 'patience', 'interrupted' or 'diverged'.
   """
 
   adapters: Any
@@ -82,6 +83,16 @@ class Outcome:
   compile_seconds: float
   eval_seconds: float
   bad_steps: int
+  kept_step: int
+  stopped: str
+
+  def record(self) -> dict[str, Any]:
+    """All but the adapter, as plain JSON values."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    del fields['adapters']
+    fields['losses'] = [finite(loss) for loss in self.losses]
+    fields['eval_losses'] = [[step, finite(loss)] for step, loss in self.eval_losses]
+    return fields
 
 
 def batch_loss(
@@ -170,8 +181,11 @@ def train(
   seed: int,
   log: Log = lambda metrics: None,
   what: str = 'train',
+  stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
   """Trains an adapter from its initialisation.
+
+  The learning rate falls over all of `config.steps`, whether or not the run stops before.
 
   Args:
     model: the Transformer, in the dtype and with the remat to train with.
@@ -179,18 +193,20 @@ def train(
     paths: the modules to adapt, from `lora.resolve`.
     batches: an endless stream.
     eval_batches: what to watch the loss on; may be empty.
-    config: length of the run.
+    config: length of the run, and which adapter it gives back.
     lora_config: shape of the adapter.
     optim_config: hyperparameters.
     seed: of the initialisation and of dropout.
-    log: receives metrics of each step.
+    log: receives {'step', 'loss', 'grad_norm'} of each step and {'step', 'eval_loss'}.
     what: name of the run for the progress display.
+    stop: asked before each step; where it says so, the run ends there.
 
   Returns:
     The outcome.
 
   Raises:
-    DivergedError: several updates in a row, or all of them, were not finite.
+    DivergedError: several updates in a row, or all of them, were not finite, and there is
+      no best adapter to give back.
   """
   tx = optimizer(optim_config, config.steps)
   adapters = lora.init(jax.random.key(seed), base, paths, lora_config.rank)
@@ -198,7 +214,8 @@ def train(
   step = make_step(model, tx, lora_config)
   evaluate = make_evaluation(model, lora_config)
   losses, eval_losses = [], []
-  tokens = completion_tokens = examples = bad_steps = 0
+  tokens = completion_tokens = examples = bad_steps = done = waited = 0
+  lowest, kept, stopped = math.inf, None, 'finished'
   start, compile_seconds, eval_seconds = time.perf_counter(), 0.0, 0.0
 
   def record(number, metrics):
@@ -211,32 +228,60 @@ def train(
     if int(metrics['bad_in_a_row']) >= _MAX_BAD_STEPS:
       raise DivergedError(f'{_MAX_BAD_STEPS} updates in a row were not finite, up to step {number}')
 
-  with Progress(what, config.steps) as progress:
-    pending = None
-    for number in range(1, config.steps + 1):
-      batch = next(batches)
-      tokens += int((batch['segments'] > 0).sum())
-      completion_tokens += int(batch['weights'].sum())
-      examples += int(np.max(batch['segments'], axis=1).sum())
-      state, metrics = step(state, base, batch)
+  def watch(number):
+    """The loss on the rows kept out."""
+    nonlocal eval_seconds
+    eval_start = time.perf_counter()
+    eval_losses.append((number, evaluate(base, state.adapters, eval_batches)))
+    eval_seconds += time.perf_counter() - eval_start
+    log({'step': number, 'eval_loss': eval_losses[-1][1]})
+    return eval_losses[-1][1]
+
+  try:
+    with Progress(what, config.steps) as progress:
+      if eval_batches and config.keep_best:
+        # What the base has: to see whether any of it was of use, never itself the best.
+        watch(0)
+      pending = None
+      for number in range(1, config.steps + 1):
+        if stop():
+          stopped = 'interrupted'
+          break
+        batch = next(batches)
+        tokens += int((batch['segments'] > 0).sum())
+        completion_tokens += int(batch['weights'].sum())
+        examples += int(np.max(batch['segments'], axis=1).sum())
+        state, metrics = step(state, base, batch)
+        done = number
+        if pending is not None:
+          record(*pending)
+        else:
+          jax.block_until_ready(metrics)
+          compile_seconds = time.perf_counter() - start - eval_seconds
+        pending = (number, metrics)
+        if eval_batches and (number % config.eval_every == 0 or number == config.steps):
+          jax.block_until_ready(metrics)
+          loss = watch(number)
+          waited += 1
+          if loss < lowest:
+            lowest, waited = loss, 0
+            if config.keep_best:
+              # The next step takes the buffers for its own.
+              kept = (number, jax.tree.map(jnp.copy, state.adapters))
+          if waited == config.patience > 0 and number < config.steps:
+            stopped = 'patience'
+            break
       if pending is not None:
         record(*pending)
-      else:
-        jax.block_until_ready(metrics)
-        compile_seconds = time.perf_counter() - start
-      pending = (number, metrics)
-      if eval_batches and (number % config.eval_every == 0 or number == config.steps):
-        jax.block_until_ready(metrics)
-        eval_start = time.perf_counter()
-        eval_losses.append((number, evaluate(base, state.adapters, eval_batches)))
-        eval_seconds += time.perf_counter() - eval_start
-        log({'step': number, 'eval_loss': eval_losses[-1][1]})
-    if pending is not None:
-      record(*pending)
-  if bad_steps == config.steps:
-    raise DivergedError(f'none of the {config.steps} updates was finite')
+    if done and bad_steps == done:
+      raise DivergedError(f'none of the {done} updates was finite')
+  except DivergedError:
+    if kept is None:
+      raise
+    stopped = 'diverged'
+  kept_step, adapters = kept or (done, state.adapters)
   return Outcome(
-    adapters=state.adapters,
+    adapters=adapters,
     losses=losses,
     eval_losses=eval_losses,
     tokens=tokens,
@@ -246,4 +291,6 @@ def train(
     compile_seconds=compile_seconds,
     eval_seconds=eval_seconds,
     bad_steps=bad_steps,
+    kept_step=kept_step,
+    stopped=stopped,
   )
