@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _launcher
+from experiments import _launcher, _lora_flags
 from lora_jax.config import CACHE
 from lora_jax.errors import UserError
 from lora_jax.presets import (
@@ -43,9 +43,6 @@ _CACHE = flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
 
 # Flags that change a preset: (section of Settings, its field).
 _OVERRIDES = {
-  'rank': ('lora', 'rank'),
-  'alpha': ('lora', 'alpha'),
-  'dropout': ('lora', 'dropout'),
   'lr': ('optim', 'learning_rate'),
   'lr_ratio': ('optim', 'lr_ratio'),
   'steps': ('train', 'steps'),
@@ -56,7 +53,7 @@ _OVERRIDES = {
   'batch_rows': ('eval', 'batch_rows'),
   'max_new_tokens': ('eval', 'max_new_tokens'),
 }
-_AT_LEAST_ZERO = ('dropout', 'train_rows', 'test_rows')
+_AT_LEAST_ZERO = ('train_rows', 'test_rows')
 for _flag, (_section, _field) in _OVERRIDES.items():
   _kind = {int: flags.DEFINE_integer, float: flags.DEFINE_float}[
     type(getattr(getattr(Settings(), _section), _field))
@@ -75,6 +72,7 @@ def settings_from_flags() -> Settings:
     UserError: a value that makes no sense.
   """
   settings = PRESETS[_PRESET.value]
+  settings = dataclasses.replace(settings, lora=_lora_flags.lora_config(settings.lora))
   if _BASE.value is not None:
     settings = dataclasses.replace(settings, base=_BASE.value)
   for flag, (section, field) in _OVERRIDES.items():
@@ -87,8 +85,6 @@ def settings_from_flags() -> Settings:
       raise UserError(f'--{flag}={value}: give a number {least} zero')
     part = dataclasses.replace(getattr(settings, section), **{field: value})
     settings = dataclasses.replace(settings, **{section: part})
-  if settings.lora.dropout >= 1:
-    raise UserError(f'--dropout={settings.lora.dropout}: give a share below 1')
   if settings.train.max_length < 64:
     raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
   changes = {'dtype': _dtype(_DTYPE.value)}

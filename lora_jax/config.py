@@ -1,6 +1,15 @@
 """Configuration as frozen dataclasses; every default stands here once."""
 
 import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.errors import UserError
+
+# How an adapter may start.
+LORA_INITS = ('default', 'pissa')
 
 # Where downloads, prepared rows and compiled programs are kept unless told otherwise.
 CACHE = '~/.cache/lora_jax'
@@ -96,22 +105,74 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Shape of an adapter.
+  """Which of the LoRA family an adapter is, and its shape.
+
+  A pattern is a module's name (`o_proj`), an article's target (`qkv`) or a regular
+  expression that matches a module's whole path, with its layer or without
+  (`layers/attn/.*`, `layers/3/attn/o_proj`); the first that matches holds.
 
   Attributes:
-    rank: R of every adapted module.
+    rank: R of the modules that no pattern names.
     alpha: the update is scaled by alpha / rank.
     dropout: share of an adapter's input dropped while training.
+    rank_pattern: pairs of a pattern and the rank of what it matches.
+    alpha_pattern: the same for alpha.
+    rslora: scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023).
+    dora: learn the length of each output's weights beside their direction (DoRA, Liu et
+      al. 2024).
+    init: 'default' (A random, B zero) or 'pissa' (the principal singular vectors, which
+      the frozen kernels then go without; Meng et al. 2024).
+    layers: the adapted ones, as '0-7,12'; '' is all.
+    train_also: patterns of norms and biases that train too, in all layers: a module's
+      name, 'bias', or a regular expression on the leaf's path (`layers/.*/scale`).
+
+  Raises:
+    UserError: a value that makes no sense.
   """
 
   rank: int = 16
   alpha: float = 32.0
   dropout: float = 0.0
+  rank_pattern: tuple[tuple[str, int], ...] = ()
+  alpha_pattern: tuple[tuple[str, float], ...] = ()
+  rslora: bool = False
+  dora: bool = False
+  init: str = 'default'
+  layers: str = ''
+  train_also: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.init not in LORA_INITS:
+      raise UserError(f'init is {self.init!r}; give one of {", ".join(LORA_INITS)}')
+    if self.layers and not re.fullmatch(r'\d+(-\d+)?(,\d+(-\d+)?)*', self.layers):
+      raise UserError(f"layers is {self.layers!r}; give numbers and ranges, as '0-7,12'")
+    for pattern, rank in self.rank_pattern:
+      if type(rank) is not int or rank < 1:
+        raise UserError(f'rank_pattern {pattern}={rank}: give a whole number above zero')
+    for pattern, alpha in self.alpha_pattern:
+      if not (math.isfinite(alpha) and alpha > 0):
+        raise UserError(f'alpha_pattern {pattern}={alpha}: give a number above zero')
+    for pattern in (*dict(self.rank_pattern), *dict(self.alpha_pattern), *self.train_also):
+      try:
+        re.compile(pattern)
+      except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f'{pattern!r} is no pattern ({error})') from error
+
+  @classmethod
+  def from_record(cls, held: Mapping[str, Any]) -> 'LoraConfig':
+    """What `dataclasses.asdict` wrote, back from JSON; fields added since have their defaults."""
+    pairs = lambda name: tuple((pattern, value) for pattern, value in held.get(name, ()))
+    nested = {name: pairs(name) for name in ('rank_pattern', 'alpha_pattern')}
+    return cls(**{**held, **nested, 'train_also': tuple(held.get('train_also', ()))})
+
+  def scale_of(self, rank: float, alpha: float) -> float:
+    """The factor on a low-rank product; 0 where there is none (rank 0)."""
+    return alpha / rank ** (0.5 if self.rslora else 1.0) if rank else 0.0
 
   @property
   def scale(self) -> float:
-    """The factor on the low-rank product."""
-    return self.alpha / self.rank
+    """The factor where no pattern matches."""
+    return self.scale_of(self.rank, self.alpha)
 
 
 @dataclasses.dataclass(frozen=True)
