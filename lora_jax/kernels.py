@@ -1,8 +1,9 @@
 """`dot` and the kinds of kernel it can multiply by.
 
 A kernel is whatever stands at a Dense module's `kernel` leaf: an array, or a pytree
-node such as `LoraKernel`. The model calls `dot(x, kernel)` and never asks which;
-`jit`, `scan`, `remat`, `vmap` and sharding see ordinary pytrees of arrays.
+node such as `LoraKernel` or a quantised kernel. The model calls `dot(x, kernel)` and
+never asks which; `jit`, `scan`, `remat`, `vmap` and sharding see ordinary pytrees of
+arrays.
 
 >>> import jax.numpy as jnp
 >>> w, a, b = jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.zeros((2, 3))
@@ -18,7 +19,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-Kernel: TypeAlias = 'jax.Array | LoraKernel'
+from lora_jax.quantized import QuantizedKernel, frozen_product
+
+Kernel: TypeAlias = 'jax.Array | QuantizedKernel | LoraKernel'
 
 
 @flax.struct.dataclass
@@ -53,13 +56,15 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
 
   Args:
     x: activations, (..., in).
-    kernel: an array or a `LoraKernel`, whose adapters are cast to the dtype of `x`
-      for the product while they and their gradients stay float32.
+    kernel: an array, a quantised kernel, or a `LoraKernel`, whose adapters are cast to
+      the dtype of `x` for the product while they and their gradients stay float32.
     dtype: what the sums are kept in; None: rounded to the dtype of `x`.
 
   Returns:
     (..., out), of `dtype`.
   """
+  if isinstance(kernel, QuantizedKernel):
+    return frozen_product(x, kernel, dtype or x.dtype)
   product = functools.partial(jnp.matmul, preferred_element_type=dtype or x.dtype)
   if not isinstance(kernel, LoraKernel):
     return product(x, kernel.astype(x.dtype))
@@ -71,3 +76,10 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   # The scale goes on the narrow (..., R) product, where it costs least.
   low = low * kernel.scale.astype(x.dtype)
   return base + product(low, kernel.b.astype(x.dtype))
+
+
+def dense(kernel: jax.Array | QuantizedKernel, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """A base kernel, quantised or not, as one array (..., in, out): for norms and merging."""
+  if isinstance(kernel, QuantizedKernel):
+    return kernel.dequantize(dtype)
+  return kernel.astype(dtype)

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
 from lora_jax.errors import UserError
-from lora_jax.kernels import LoraKernel
+from lora_jax.kernels import LoraKernel, dense
 
 Params = Mapping[str, Any]
 
@@ -201,7 +201,7 @@ def merge(params: Params, adapters: Params, scale: Scale) -> dict:
   """
   flat = _flatten(params)
   for path, a, b in _modules(adapters):
-    w = flat[f'{path}/kernel'].astype(jnp.float32)
+    w = dense(flat[f'{path}/kernel'], jnp.float32)
     update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     scales = jnp.broadcast_to(jnp.asarray(_of(scale, path), jnp.float32), a.shape[:-2])
     flat[f'{path}/kernel'] = w + scales[..., None, None] * update
