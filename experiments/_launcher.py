@@ -4,12 +4,13 @@ if __name__ == '__main__':
   _launcher.run(main)
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -96,6 +97,33 @@ def imported() -> None:
   """Says that nothing heavy is left to import: Ctrl-C is a `KeyboardInterrupt` from here on."""
   if signal.getsignal(signal.SIGINT) is _stop_at_once:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(says: str) -> Iterator[Callable[[], bool]]:
+  """Ctrl-C once asks the work to end where it suits it; twice ends it at once.
+
+  Args:
+    says: what stderr is told the first time.
+
+  Yields:
+    Whether it was pressed.
+  """
+  pressed = False
+
+  def ask(signum: int, frame: FrameType | None) -> None:
+    nonlocal pressed
+    pressed = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.write(2, f'\n{says}; Ctrl-C again to leave at once\n'.encode())
+
+  held = signal.getsignal(signal.SIGINT)
+  if held is signal.default_int_handler:
+    signal.signal(signal.SIGINT, ask)
+  try:
+    yield lambda: pressed
+  finally:
+    signal.signal(signal.SIGINT, held)
 
 
 def _stop_at_once(signum: int, frame: FrameType | None) -> None:

@@ -10,14 +10,12 @@ same command goes on after an interruption. Ends with a table and the path of th
 """
 
 import dataclasses
-import math
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from experiments import _launcher, _lora_flags
-from lora_jax.config import CACHE
+from experiments import _flags, _launcher, _lora_flags
 from lora_jax.errors import UserError
 from lora_jax.presets import (
   ARTICLE_TARGETS,
@@ -35,34 +33,11 @@ _DATASETS = flags.DEFINE_list('datasets', None, 'Datasets; all seven if not give
 _DATA = flags.DEFINE_string(
   'data', 'synthetic', "Where rows come from: 'synthetic', 'hub', or a directory."
 )
-_BASE = flags.DEFINE_string('base', None, "A base's name, or a .gguf file.")
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
-_CACHE = flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
-
-# Flags that change a preset: (section of Settings, its field).
-_OVERRIDES = {
-  'lr': ('optim', 'learning_rate'),
-  'lr_ratio': ('optim', 'lr_ratio'),
-  'steps': ('train', 'steps'),
-  'tokens_per_batch': ('train', 'tokens_per_batch'),
-  'max_length': ('train', 'max_length'),
-  'train_rows': ('train', 'train_rows'),
-  'test_rows': ('eval', 'test_rows'),
-  'batch_rows': ('eval', 'batch_rows'),
-  'max_new_tokens': ('eval', 'max_new_tokens'),
-}
-_AT_LEAST_ZERO = ('train_rows', 'test_rows')
-for _flag, (_section, _field) in _OVERRIDES.items():
-  _kind = {int: flags.DEFINE_integer, float: flags.DEFINE_float}[
-    type(getattr(getattr(Settings(), _section), _field))
-  ]
-  _kind(_flag, None, f"The preset's {_section}.{_field}.")
-_DTYPE = flags.DEFINE_enum(
-  'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
-)
-flags.DEFINE_bool('remat', None, "The preset's train.remat.")
+_flags.define_base()
+_flags.define_changes(*_flags.ALL_CHANGES)
 
 
 def settings_from_flags() -> Settings:
@@ -71,39 +46,8 @@ def settings_from_flags() -> Settings:
   Raises:
     UserError: a value that makes no sense.
   """
-  settings = PRESETS[_PRESET.value]
-  settings = dataclasses.replace(settings, lora=_lora_flags.lora_config(settings.lora))
-  if _BASE.value is not None:
-    settings = dataclasses.replace(settings, base=_BASE.value)
-  for flag, (section, field) in _OVERRIDES.items():
-    value = flags.FLAGS[flag].value
-    if value is None:
-      continue
-    allowed = value >= 0 if flag in _AT_LEAST_ZERO else value > 0
-    if not allowed or math.isinf(value):
-      least = 'from' if flag in _AT_LEAST_ZERO else 'above'
-      raise UserError(f'--{flag}={value}: give a number {least} zero')
-    part = dataclasses.replace(getattr(settings, section), **{field: value})
-    settings = dataclasses.replace(settings, **{section: part})
-  if settings.train.max_length < 64:
-    raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
-  changes = {'dtype': _dtype(_DTYPE.value)}
-  if flags.FLAGS['remat'].value is not None:
-    changes['remat'] = flags.FLAGS['remat'].value
-  return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
-
-
-def _dtype(name: str) -> str:
-  """What 'auto' means here: bfloat16, but for a CPU that multiplies it slowly."""
-  if name != 'auto':
-    return name
-  import jax
-
-  if jax.default_backend() != 'cpu':
-    return 'bfloat16'
-  version = tuple(int(part) for part in jax.__version__.split('.')[:2])
-  fast = version >= (0, 11) and _launcher.cpu_has_bfloat16()
-  return 'bfloat16' if fast else 'float32'
+  settings = _flags.changed(PRESETS[_PRESET.value])
+  return dataclasses.replace(settings, lora=_lora_flags.lora_config(settings.lora))
 
 
 def _seeds() -> tuple[int, ...]:
@@ -120,35 +64,17 @@ def _seeds() -> tuple[int, ...]:
 def main() -> None:
   """Checks everything that can be checked, then runs, then reports."""
   # The project's modules take a few seconds to import; --help should not wait for them.
-  import jax
-
   from lora_jax import lora
-  from lora_jax.config import ModelConfig
   from lora_jax.data import sources, tasks
   from lora_jax.hub import bases
   from lora_jax.records import RunDirectory
   from lora_jax.report import report
-  from lora_jax.study import Grid, Study, check_targets
-  from lora_jax.transformer import abstract_params
+  from lora_jax.study import Grid, Study
 
   _launcher.imported()
-  cache = Path(_CACHE.value).expanduser()
-  jax.config.update('jax_compilation_cache_dir', str(cache / 'jax'))
-
-  # Paths of the modules are the same at every size, so mistakes show before any download.
-  smallest = ModelConfig(
-    vocab_size=2,
-    num_layers=1,
-    model_dim=2,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=2,
-    mlp_dim=2,
-    max_length=2,
-  )
   default_targets = PRESET_TARGETS.get(_PRESET.value, ARTICLE_TARGETS)
   targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or default_targets
-  check_targets(targets, abstract_params(smallest))
+  _flags.check_targets(targets)
   grid = Grid(
     tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value), targets, _seeds()
   )
@@ -163,10 +89,7 @@ def main() -> None:
   run = RunDirectory(Path(out).expanduser())
   data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
   run.claim({'settings': dataclasses.asdict(settings), 'data': data})
-  try:
-    cache.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f'--cache={cache}: {error.strerror}; give another directory') from error
+  cache = _flags.cache()
 
   try:
     base = bases.load(settings.base, cache)

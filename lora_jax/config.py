@@ -230,6 +230,25 @@ class TrainConfig:
   remat: bool = False
 
 
+
+@dataclasses.dataclass(frozen=True)
+class FileConfig:
+  """How a user's own file of conversations is trained on.
+
+  Attributes:
+    epochs: passes over its rows, where the number of steps is not given.
+    eval_share: share of its rows kept out to watch the loss on, where no file of such
+      rows is given.
+    most_eval_rows: at most so many are kept out.
+    last_only: learn the last answer of each conversation alone, not all.
+  """
+
+  epochs: float = 3.0
+  eval_share: float = 0.1
+  most_eval_rows: int = 256
+  last_only: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """How much is scored.

@@ -249,8 +249,3 @@ def _scores_record(scores: Scores) -> dict[str, Any]:
     'seconds': scores.seconds,
   }
 
-
-def check_targets(targets: Sequence[str], params: Any) -> None:
-  """Raises `UserError` for a target set that matches nothing."""
-  for names in targets:
-    lora.resolve(names, params)

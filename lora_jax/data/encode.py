@@ -113,4 +113,4 @@ def encode_example(
 def _chat(prompt: Prompt, document_chars: int, tokenizer: ChatTokenizer) -> list[int]:
   system = [] if prompt.system is None else [{'role': 'system', 'content': prompt.system}]
   turn = {'role': 'user', 'content': prompt.text(document_chars)}
-  return tokenizer.encode_chat([*system, turn])
+  return tokenizer.encode_chat([*system, *prompt.history, turn])

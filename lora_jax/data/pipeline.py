@@ -110,15 +110,23 @@ def training_batches(rows: Sequence[Encoded], shape: BatchShape, seed: int) -> I
 
 def evaluation_batches(rows: Sequence[Encoded], shape: BatchShape) -> list[Batch]:
   """All rows once, packed; the last batch is filled up with rows of weight 0."""
-  dataset = grain.MapDataset.source([row.arrays for row in rows]).to_iter_dataset()
+  batches = [_named(batch) for batch in _packed_once(rows, shape)]
+  return [{name: _fill(array, shape.rows) for name, array in batch.items()} for batch in batches]
+
+
+def batches_per_epoch(rows: Sequence[Encoded], shape: BatchShape) -> int:
+  """How many batches all rows fill once."""
+  return sum(1 for _ in _packed_once(rows, shape))
+
+
+def _packed_once(rows: Sequence[Encoded], shape: BatchShape):
   packed = grain.experimental.FirstFitPackIterDataset(
-    dataset,
+    grain.MapDataset.source([row.arrays for row in rows]).to_iter_dataset(),
     length_struct=_lengths(rows[0], shape),
     num_packing_bins=max(_OPEN_ROWS, shape.rows),
     shuffle_bins=False,
   )
-  batches = [_named(batch) for batch in packed.batch(shape.rows)]
-  return [{name: _fill(array, shape.rows) for name, array in batch.items()} for batch in batches]
+  return packed.batch(shape.rows)
 
 
 def _lengths(row: Encoded, shape: BatchShape) -> dict[str, int]:

@@ -15,19 +15,21 @@ Example = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One user turn. When it exceeds the length budget only `document` is cut, from its end.
+  """One user turn, after others or not. When it is too long only `document` is cut, from its end.
 
   Attributes:
     before: text that comes first and is always kept.
     document: the long part; may be empty.
     after: text that comes last and is always kept.
     system: the system turn, or None for the chat template's own default.
+    history: turns before this one, each with 'role' and 'content'; always kept.
   """
 
   before: str
   document: str = ''
   after: str = ''
   system: str | None = None
+  history: tuple[Mapping[str, str], ...] = ()
 
   def text(self, document_chars: int | None = None) -> str:
     """The user turn with the document cut to its first `document_chars` characters."""

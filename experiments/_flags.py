@@ -1,0 +1,186 @@
+"""Flags that several launchers share, and what is done with them.
+
+A launcher defines those that it reads:
+
+  _flags.define_base()
+  _flags.define_changes('lr', 'steps')
+  ...
+  settings = _flags.changed(PRESETS['quick'])
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from experiments import _launcher
+from lora_jax.config import CACHE
+from lora_jax.errors import UserError
+from lora_jax.presets import Settings
+
+if TYPE_CHECKING:
+  from lora_jax.hub.bases import Base
+  from lora_jax.transformer import Transformer
+
+# Flags that change settings: (section of Settings, its field).
+_CHANGES = {
+  'lr': ('optim', 'learning_rate'),
+  'lr_ratio': ('optim', 'lr_ratio'),
+  'steps': ('train', 'steps'),
+  'tokens_per_batch': ('train', 'tokens_per_batch'),
+  'max_length': ('train', 'max_length'),
+  'train_rows': ('train', 'train_rows'),
+  'eval_every': ('train', 'eval_every'),
+  'patience': ('train', 'patience'),
+  'test_rows': ('eval', 'test_rows'),
+  'batch_rows': ('eval', 'batch_rows'),
+  'max_new_tokens': ('eval', 'max_new_tokens'),
+  'remat': ('train', 'remat'),
+  'keep_best': ('train', 'keep_best'),
+}
+ALL_CHANGES = tuple(_CHANGES)
+_AT_LEAST_ZERO = ('train_rows', 'test_rows', 'patience')
+_LEAST_LENGTH = 64
+
+
+def define_base(default: str | None = None) -> None:
+  """--base, --cache and --dtype."""
+  flags.DEFINE_string('base', default, "A base's name, or a .gguf file.")
+  flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
+  flags.DEFINE_enum(
+    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
+  )
+
+
+def define_changes(*names: str, of: Settings | None = None) -> None:
+  """Flags that change settings.
+
+  Args:
+    names: of `ALL_CHANGES`.
+    of: whose values their help shows; None: they change a preset.
+  """
+  define = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+  }
+  for name in names:
+    section, field = _CHANGES[name]
+    held = getattr(getattr(of or Settings(), section), field)
+    help_text = f"The preset's {section}.{field}." if of is None else f'{section}.{field}: {held}'
+    define[type(held)](name, None, help_text)
+
+
+def changed(settings: Settings) -> Settings:
+  """The settings with the flags that were given on top of them.
+
+  Raises:
+    UserError: a value that makes no sense.
+  """
+  if given('base') is not None:
+    settings = dataclasses.replace(settings, base=given('base'))
+  for name, (section, field) in _CHANGES.items():
+    value = given(name)
+    if value is None:
+      continue
+    allowed = value >= 0 if name in _AT_LEAST_ZERO or value is False else value > 0
+    if not allowed or math.isinf(value):
+      least = 'from' if name in _AT_LEAST_ZERO else 'above'
+      raise UserError(f'--{name}={value}: give a number {least} zero')
+    part = dataclasses.replace(getattr(settings, section), **{field: value})
+    settings = dataclasses.replace(settings, **{section: part})
+  if settings.train.max_length < _LEAST_LENGTH:
+    raise UserError(
+      f'--max_length={settings.train.max_length}: give at least {_LEAST_LENGTH} tokens'
+    )
+  changes = {'dtype': dtype()}
+  return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+
+
+def given(name: str) -> Any:
+  """A flag's value, or None where it was not given or this launcher has no such flag."""
+  return flags.FLAGS[name].value if name in flags.FLAGS else None
+
+
+def dtype() -> str:
+  """What --dtype comes to: 'auto' is bfloat16, but for a CPU that multiplies it slowly."""
+  name = given('dtype')
+  if name != 'auto':
+    return name
+  import jax
+
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
+  version = tuple(int(part) for part in jax.__version__.split('.')[:2])
+  fast = version >= (0, 11) and _launcher.cpu_has_bfloat16()
+  return 'bfloat16' if fast else 'float32'
+
+
+def cache() -> Path:
+  """The directory of downloads, where compiled programs go too.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  import jax
+
+  path = Path(given('cache')).expanduser()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'--cache={path}: {error.strerror}; give another directory') from error
+  jax.config.update('jax_compilation_cache_dir', str(path / 'jax'))
+  return path
+
+
+def check_targets(targets: Sequence[str]) -> None:
+  """Raises `UserError` for a set that matches nothing, before any download.
+
+  Paths of the modules are the same at every size.
+  """
+  from lora_jax import lora
+  from lora_jax.config import ModelConfig
+  from lora_jax.transformer import abstract_params
+
+  smallest = ModelConfig(
+    vocab_size=2,
+    num_layers=1,
+    model_dim=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    mlp_dim=2,
+    max_length=2,
+  )
+  params = abstract_params(smallest)
+  for names in targets:
+    lora.resolve(names, params)
+
+
+def load_base(name: str) -> 'Base':
+  """Loads a base, and says which it is."""
+  from lora_jax.hub import bases
+
+  base = bases.load(name, cache())
+  # Standard output is for what was asked for.
+  print(
+    f'base {base.name}: {base.record["weights"]}, sha256 {base.record["sha256"][:12]}',
+    file=sys.stderr,
+  )
+  return base
+
+
+def put_on_device(base: 'Base', remat: bool = False) -> tuple['Transformer', Any]:
+  """The base's model and its parameters as --dtype says."""
+  import jax
+  import jax.numpy as jnp
+
+  from lora_jax.transformer import Transformer
+
+  kind = jnp.dtype(dtype())
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), base.params)
+  return Transformer(base.config, dtype=kind, remat=remat), params
