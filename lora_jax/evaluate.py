@@ -141,7 +141,7 @@ def next_log_probs(
   hidden_BTD, _ = model.apply({'params': params}, prompts_BT)
   last_B = jnp.maximum(lengths_B - 1, 0)
   hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-  return jax.nn.log_softmax(logits(hidden_BD, head_kernel(model, params)))
+  return jax.nn.log_softmax(logits(model, hidden_BD, head_kernel(model, params)))
 
 
 def _choose(model, params, tokens, lengths, candidates: Sequence[Sequence[int]]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.transformer import KeyValues, Transformer, head_kernel, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -43,13 +43,17 @@ def generate(
   variables = {'params': params}
 
   head = head_kernel(model, params)
-  next_token = lambda hidden_BD: jnp.argmax(logits(hidden_BD, head), axis=-1).astype(jnp.int32)
+
+  def next_token(hidden_BD):
+    return jnp.argmax(logits(model, hidden_BD, head), axis=-1).astype(jnp.int32)
 
   hidden_BTD, prompt_kv = model.apply(variables, prompts_BT)
   last_B = jnp.maximum(lengths_B - 1, 0)
   token_B = next_token(jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])
   done_B = lengths_B == 0
-  in_prompt_BT = jnp.arange(time)[None] < lengths_B[:, None]
+  slots_T = jnp.arange(time)
+  prompt_BT = jnp.where(slots_T[None] < lengths_B[:, None], slots_T[None], NOWHERE)
+  own_BT = lengths_B[:, None] + jnp.arange(max_new_tokens)[None]
 
   def unfinished(state):
     step, _, _, done_B, _ = state
@@ -60,12 +64,12 @@ def generate(
     token_B = jnp.where(done_B, eos_id, token_B)
     out_BT = out_BT.at[:, step].set(token_B)
     done_B |= token_B == eos_id
-    written_BT = jnp.broadcast_to(jnp.arange(max_new_tokens) < step, out_BT.shape)
+    written_BT = jnp.where(jnp.arange(max_new_tokens)[None] < step, own_BT, NOWHERE)
     hidden_B1D, new_kv = model.apply(
       variables,
       token_B[:, None],
       (lengths_B + step)[:, None],
-      past=((prompt_kv, in_prompt_BT), (own_kv, written_BT)),
+      past=((prompt_kv, prompt_BT), (own_kv, written_BT)),
     )
     own_kv = own_kv.write(new_kv, step)
     return step + 1, next_token(hidden_B1D[:, 0]), own_kv, done_B, out_BT

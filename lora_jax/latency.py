@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax import lora
 from lora_jax.kernels import Kernel
 from lora_jax.progress import Progress
-from lora_jax.transformer import KeyValues, Transformer, head_kernel, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
 # One prompt, as a user waiting for an answer has.
 _PROMPT_TOKENS = 256
@@ -94,7 +94,7 @@ def _prefill(
   model: Transformer, params: Mapping[str, Any], head: Kernel, tokens_BT: jax.Array
 ) -> jax.Array:
   hidden_BTD, _ = model.apply({'params': params}, tokens_BT)
-  return logits(hidden_BTD[:, -1], head)
+  return logits(model, hidden_BTD[:, -1], head)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -106,13 +106,13 @@ def _decode(
   def body(step, state):
     token_B, kv = state
     position = _PROMPT_TOKENS + step
-    visible_BS = (jnp.arange(kv.k_LBKSH.shape[3]) < position)[None]
+    slots_S = jnp.arange(kv.k_LBKSH.shape[3])
+    held_BS = jnp.where(slots_S < position, slots_S, NOWHERE)[None]
     positions_BT = jnp.full((1, 1), position)
     hidden_B1D, new = model.apply(
-      {'params': params}, token_B[:, None], positions_BT, past=((kv, visible_BS),)
+      {'params': params}, token_B[:, None], positions_BT, past=((kv, held_BS),)
     )
-    return jnp.argmax(logits(hidden_B1D[:, 0], head), axis=-1).astype(jnp.int32), kv.write(
-      new, position
-    )
+    logits_BV = logits(model, hidden_B1D[:, 0], head)
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), kv.write(new, position)
 
   return jax.lax.fori_loop(0, _DECODE_STEPS, body, (jnp.ones(1, jnp.int32), kv))[0]

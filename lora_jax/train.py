@@ -20,12 +20,10 @@ import optax
 from lora_jax import lora
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
 from lora_jax.data.pipeline import Batch
-from lora_jax.kernels import dot
 from lora_jax.loss import completion_loss
 from lora_jax.optim import optimizer
 from lora_jax.progress import Progress
-from lora_jax.tracking import Log, finite
-from lora_jax.transformer import Transformer, head_kernel
+from lora_jax.transformer import Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
 
@@ -112,7 +110,7 @@ def batch_loss(
   # The head is no target, so the frozen parameters serve it. Its logits are rounded to the
   # model's dtype, as transformers' are: kept in float32 they cost a tenth of a step.
   kernel = head_kernel(model, base)
-  head = lambda hidden_CD: dot(hidden_CD, kernel).astype(jnp.float32)
+  head = lambda hidden_CD: logits(model, hidden_CD, kernel, model.dtype)
   total = completion_loss(head, hidden_BTD, batch['targets'], batch['weights'])
   return total, batch['weights'].sum()
 

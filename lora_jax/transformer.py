@@ -13,6 +13,11 @@ flattened, and all blocks share one subtree `layers` whose leaves lead with L:
   layers/input_layernorm/scale             layers/mlp/{gate,up,down}_proj/kernel
   layers/post_attention_layernorm/scale    norm/scale    (lm_head/kernel if untied)
 
+and where the configuration asks for them
+
+  layers/{attn,mlp}/*_proj/bias             layers/attn/{q,k}_norm/scale
+  layers/{pre,post}_feedforward_layernorm/scale
+
 The model returns hidden states; `Transformer.head` turns the ones that matter into
 logits, so that a loss on few positions does not pay for the vocabulary on all.
 
@@ -21,6 +26,7 @@ logits, so that a loss on few positions does not pay for the vocabulary on all.
   logits_BTV = model.apply({'params': params}, hidden_BTD, method='head')
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +34,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax.attention import attend, causal_mask, self_attend
+from lora_jax import rotary
+from lora_jax.attention import attend, causal_mask, self_attend, softcap
 from lora_jax.config import ModelConfig
 from lora_jax.kernels import Kernel, dot
 
@@ -62,32 +70,54 @@ class KeyValues:
     return KeyValues(put(self.k_LBKSH, new.k_LBKSH), put(self.v_LBKSH, new.v_LBKSH))
 
 
-# Earlier tokens, and which of them (B, S) the rows may see. A stretch may be ragged:
-# slots that hold padding, or nothing yet, are simply not visible.
+# The position of a slot that holds nothing: later than any query, so that none sees it.
+NOWHERE = np.iinfo(np.int32).max
+
+# Earlier tokens and the position of each (B, S) in its row. A stretch may be ragged:
+# slots that hold padding, or nothing yet, are `NOWHERE`.
 Past = Sequence[tuple[KeyValues, jax.Array]]
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face."""
-  half = x_BTNH.shape[-1] // 2
-  frequencies_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
-  sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
-  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x_BTNH.dtype)
+@flax.struct.dataclass
+class Layer:
+  """In what one layer differs from the others; None where all are alike.
+
+  Attributes:
+    window: how many of the latest tokens a token sees.
+    frequencies_h: of the rotary positions.
+    magnitude: what rotated queries and keys are multiplied by.
+  """
+
+  window: jax.Array | None = None
+  frequencies_h: jax.Array | None = None
+  magnitude: jax.Array | None = None
+
+  @classmethod
+  def stacked(cls, config: ModelConfig) -> 'Layer':
+    """All layers, with a leading axis L for `scan` to take off."""
+    window = frequencies_h = magnitude = None
+    if config.windows:
+      windows_L = np.asarray(config.windows, np.int32)
+      window = jnp.asarray(np.where(windows_L > 0, windows_L, NOWHERE))
+    if config.rope_thetas:
+      turns = [rotary.frequencies(config, theta) for theta in config.rope_thetas]
+      frequencies_h = jnp.stack([of_layer_h for of_layer_h, _ in turns])
+      magnitude = jnp.asarray([of_layer for _, of_layer in turns], jnp.float32)
+    return cls(window, frequencies_h, magnitude)
 
 
 class Dense(nn.Module):
-  """A linear map without bias whose kernel may be of any kind `dot` knows.
+  """A linear map whose kernel may be of any kind `dot` knows.
 
   Attributes:
     features: size of the output.
     dtype: of the output; None: the input's.
+    use_bias: whether a bias is added.
   """
 
   features: int
   dtype: jax.typing.DTypeLike | None = None
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -96,20 +126,40 @@ class Dense(nn.Module):
       kernel = self.param('kernel', _init, (x.shape[-1], self.features))
     else:
       kernel = self.get_variable('params', 'kernel')
-    return dot(x, kernel, self.dtype)
+    y = dot(x, kernel, self.dtype)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y += jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    return y
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square normalisation (Zhang and Sennrich 2019), in float32."""
+  """Root-mean-square normalisation (Zhang and Sennrich 2019), in float32.
+
+  Attributes:
+    eps: added to the mean square.
+    offset: added to the weight.
+  """
 
   eps: float
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    scale = self.param('scale', nn.initializers.constant(1 - self.offset), (x.shape[-1],))
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-    return (x32 * jnp.broadcast_to(scale, x.shape).astype(jnp.float32)).astype(x.dtype)
+    scale32 = jnp.broadcast_to(scale, x.shape).astype(jnp.float32)
+    if self.offset:
+      scale32 += self.offset
+    return (x32 * scale32).astype(x.dtype)
+
+
+_ACTIVATIONS = {'silu': nn.silu, 'gelu_tanh': functools.partial(nn.gelu, approximate=True)}
+
+
+def _norm(config: ModelConfig, name: str) -> RMSNorm:
+  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
 
 class Attention(nn.Module):
@@ -118,51 +168,74 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, past):
+  def __call__(self, x_BTD, layer, positions_BT, segments_BT, past):
     c = self.config
+    kv_dim = c.num_kv_heads * c.head_dim
     split = lambda x, heads: x.reshape(*x.shape[:2], heads, c.head_dim)
-    q_BTNH = split(Dense(c.num_heads * c.head_dim, name='q_proj')(x_BTD), c.num_heads)
-    k_BTKH = split(Dense(c.num_kv_heads * c.head_dim, name='k_proj')(x_BTD), c.num_kv_heads)
-    v_BTKH = split(Dense(c.num_kv_heads * c.head_dim, name='v_proj')(x_BTD), c.num_kv_heads)
-    q_BTNH = rope(q_BTNH, positions_BT, c.rope_theta)
-    k_BKTH = rope(k_BTKH, positions_BT, c.rope_theta).swapaxes(1, 2)
+    dense = lambda features, name: Dense(features, use_bias=c.qkv_bias, name=name)(x_BTD)
+    q_BTNH = split(dense(c.num_heads * c.head_dim, 'q_proj'), c.num_heads)
+    k_BTKH = split(dense(kv_dim, 'k_proj'), c.num_kv_heads)
+    v_BTKH = split(dense(kv_dim, 'v_proj'), c.num_kv_heads)
+    if c.qk_norm:
+      q_BTNH = _norm(c, 'q_norm')(q_BTNH)
+      k_BTKH = _norm(c, 'k_norm')(k_BTKH)
+    turn = (layer.frequencies_h, layer.magnitude)
+    if layer.frequencies_h is None:
+      turn = rotary.frequencies(c, c.rope_theta)
+    q_BTNH = rotary.rotate(q_BTNH, positions_BT, *turn)
+    k_BKTH = rotary.rotate(k_BTKH, positions_BT, *turn).swapaxes(1, 2)
     v_BKTH = v_BTKH.swapaxes(1, 2)
+    score = {'scale': c.query_scale, 'cap': c.attention_cap}
     if not past:
-      out_BTNH = self_attend(q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT)
+      out_BTNH = self_attend(
+        q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT, layer.window, **score
+      )
     else:
-      new = (k_BKTH, v_BKTH, causal_mask(positions_BT, positions_BT))
-      out_BTNH = attend(q_BTNH, [*past, new])
-    out_BTD = Dense(c.model_dim, name='o_proj')(out_BTNH.reshape(*x_BTD.shape[:2], -1))
-    return out_BTD, (k_BKTH, v_BKTH)
+      own = ((k_BKTH, v_BKTH), positions_BT)
+      sees = lambda keys_BS: causal_mask(positions_BT, keys_BS, window=layer.window)
+      parts = [(*key_values, sees(keys_BS)) for key_values, keys_BS in [*past, own]]
+      out_BTNH = attend(q_BTNH, parts, **score)
+    output = Dense(c.model_dim, use_bias=c.output_bias, name='o_proj')
+    return output(out_BTNH.reshape(*x_BTD.shape[:2], -1)), (k_BKTH, v_BKTH)
 
 
 class Mlp(nn.Module):
-  """Gated feed-forward network with SiLU (Shazeer 2020, SwiGLU)."""
+  """Gated feed-forward network (Shazeer 2020, SwiGLU and GEGLU)."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     c = self.config
-    gate_BTF = Dense(c.mlp_dim, name='gate_proj')(x_BTD)
-    up_BTF = Dense(c.mlp_dim, name='up_proj')(x_BTD)
-    return Dense(c.model_dim, name='down_proj')(nn.silu(gate_BTF) * up_BTF)
+    dense = lambda features, name: Dense(features, use_bias=c.mlp_bias, name=name)
+    gate_BTF = dense(c.mlp_dim, 'gate_proj')(x_BTD)
+    up_BTF = dense(c.mlp_dim, 'up_proj')(x_BTD)
+    hidden_BTF = _ACTIVATIONS[c.activation](gate_BTF) * up_BTF
+    return dense(c.model_dim, 'down_proj')(hidden_BTF)
 
 
 class Block(nn.Module):
-  """One pre-norm block; the body of the scan over layers."""
+  """One block; the body of the scan over layers.
+
+  Attention and feed-forward are normalised before, and with `post_norms` after too;
+  `post_attention_layernorm` is then what its name says, as in Gemma 2.
+  """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, past_kv, positions_BT, segments_BT, visible):
+  def __call__(self, x_BTD, past_kv, layer, positions_BT, segments_BT, past_positions):
     c = self.config
-    past = [(k, v, mask_B1S) for (k, v), mask_B1S in zip(past_kv, visible, strict=True)]
-    normed = RMSNorm(c.norm_eps, name='input_layernorm')(x_BTD)
-    attn_BTD, new_kv = Attention(c, name='attn')(normed, positions_BT, segments_BT, past)
-    x_BTD = x_BTD + attn_BTD
-    normed = RMSNorm(c.norm_eps, name='post_attention_layernorm')(x_BTD)
-    return x_BTD + Mlp(c, name='mlp')(normed), new_kv
+    past = [*zip(past_kv, past_positions, strict=True)]
+    normed = _norm(c, 'input_layernorm')(x_BTD)
+    attn_BTD, new_kv = Attention(c, name='attn')(normed, layer, positions_BT, segments_BT, past)
+    if not c.post_norms:
+      x_BTD = x_BTD + attn_BTD
+      normed = _norm(c, 'post_attention_layernorm')(x_BTD)
+      return x_BTD + Mlp(c, name='mlp')(normed), new_kv
+    x_BTD = x_BTD + _norm(c, 'post_attention_layernorm')(attn_BTD)
+    mlp_BTD = Mlp(c, name='mlp')(_norm(c, 'pre_feedforward_layernorm')(x_BTD))
+    return x_BTD + _norm(c, 'post_feedforward_layernorm')(mlp_BTD), new_kv
 
 
 class Transformer(nn.Module):
@@ -183,7 +256,7 @@ class Transformer(nn.Module):
     self.embed_tokens = nn.Embed(c.vocab_size, c.model_dim)
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     # Flax declares a single int here, and documents a tuple.
-    axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+    axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
     self.layers = nn.scan(
       block,
       variable_axes={'params': 0},
@@ -191,7 +264,7 @@ class Transformer(nn.Module):
       in_axes=axes,
       length=c.num_layers,
     )(c)
-    self.norm = RMSNorm(c.norm_eps)
+    self.norm = RMSNorm(c.norm_eps, c.norm_offset)
     if not c.tie_embeddings:
       self.lm_head = Dense(c.vocab_size, jnp.float32)
 
@@ -218,16 +291,20 @@ class Transformer(nn.Module):
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     past_kv = tuple((stretch.k_LBKSH, stretch.v_LBKSH) for stretch, _ in past)
-    visible = tuple(visible_BS[:, None, :] for _, visible_BS in past)
+    past_positions = tuple(positions_BS for _, positions_BS in past)
     x_BTD = self.embed_tokens(tokens_BT).astype(self.dtype)
-    x_BTD, new_kv = self.layers(x_BTD, past_kv, positions_BT, segments_BT, visible)
+    if self.config.embed_scale != 1:
+      # transformers rounds the factor too.
+      x_BTD *= jnp.asarray(self.config.embed_scale, self.dtype)
+    layers = Layer.stacked(self.config)
+    x_BTD, new_kv = self.layers(x_BTD, past_kv, layers, positions_BT, segments_BT, past_positions)
     return self.norm(x_BTD), KeyValues(*new_kv)
 
   def head(self, hidden: jax.Array) -> jax.Array:
     """Hidden states (..., D) to float32 logits (..., V)."""
     if self.config.tie_embeddings:
-      return logits(hidden, self.embed_tokens.embedding.T)
-    return self.lm_head(hidden)
+      return logits(self, hidden, self.embed_tokens.embedding.T)
+    return softcap(self.lm_head(hidden), self.config.logit_cap)
 
   def init_all(self, tokens_BT: jax.Array) -> jax.Array:
     """Touches every parameter, the head's too: the method to `init` with."""
@@ -260,9 +337,19 @@ def head_kernel(model: Transformer, params: Mapping[str, Any]) -> Kernel:
   return jax.lax.optimization_barrier(table_DV)
 
 
-def logits(hidden: jax.Array, kernel: Kernel) -> jax.Array:
+def logits(
+  model: Transformer,
+  hidden: jax.Array,
+  kernel: Kernel,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
   """Hidden states (..., D) times the head's kernel (D, V): float32 logits (..., V).
 
-  They are never rounded to a smaller dtype: in bfloat16, choices would tie.
+  Args:
+    model: the Transformer, which may cap its logits.
+    hidden: hidden states after the last norm.
+    kernel: from `head_kernel`.
+    dtype: what products are rounded to. Where something is chosen by the logits they
+      are not to be rounded to less than float32: in bfloat16, choices would tie.
   """
-  return dot(hidden, kernel, jnp.float32)
+  return softcap(dot(hidden, kernel, dtype).astype(jnp.float32), model.config.logit_cap)

@@ -8,15 +8,17 @@ import pytest
 import tiny_model
 from tiny_model import CONFIG, MODEL
 
+from lora_jax.rotary import frequencies, rotate
 from lora_jax.transformer import (
+  NOWHERE,
   Block,
   KeyValues,
+  Layer,
   RMSNorm,
   Transformer,
   abstract_params,
   head_kernel,
   logits,
-  rope,
 )
 
 # Two sequences of 5 and 4 tokens in a row, and one of 9.
@@ -89,7 +91,9 @@ def test_remat_changes_neither_value_nor_gradient():
 def test_the_scan_equals_a_loop_over_blocks():
   params, tokens_BT = tiny_model.params(), tiny_model.tokens(2, 9)
   block = jax.jit(
-    lambda layer, x_BTD: Block(CONFIG).apply({'params': layer}, x_BTD, (), POSITIONS, None, ())
+    lambda layer, x_BTD: Block(CONFIG).apply(
+      {'params': layer}, x_BTD, (), Layer(), POSITIONS, None, ()
+    )
   )
   x_BTD = params['embed_tokens']['embedding'][tokens_BT]
   keys = []
@@ -127,7 +131,7 @@ def test_only_distances_matter():
 
 def test_rotation_keeps_lengths_and_leaves_position_0_alone():
   x_BTNH = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 3, 8)), jnp.float32)
-  turned = rope(x_BTNH, POSITIONS, 500.0)
+  turned = rotate(x_BTNH, POSITIONS, *frequencies(CONFIG, 500.0))
   np.testing.assert_allclose(
     jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x_BTNH, axis=-1), rtol=1e-5
   )
@@ -142,9 +146,10 @@ def test_decoding_with_a_cache_equals_the_full_forward():
   np.testing.assert_allclose(hidden_BTD, expected[:, :prompt], atol=1e-5)
   # Prompt and new tokens lie in stretches of their own, as generation has them.
   own_kv = KeyValues.empty(CONFIG, 2, 6, jnp.float32)
-  in_prompt = jnp.ones((2, prompt), bool)
+  in_prompt = jnp.broadcast_to(jnp.arange(prompt), (2, prompt))
   for step in range(9 - prompt):
-    written = jnp.broadcast_to(jnp.arange(6) < step, (2, 6))
+    slots = jnp.arange(6)
+    written = jnp.broadcast_to(jnp.where(slots < step, prompt + slots, NOWHERE), (2, 6))
     positions = jnp.full((2, 1), prompt + step)
     token = tokens_BT[:, prompt + step, None]
     hidden_B1D, new = run(MODEL, token, positions, past=((prompt_kv, in_prompt), (own_kv, written)))
@@ -159,7 +164,10 @@ def test_a_chunk_after_a_cache_equals_the_full_forward():
   expected, _ = run(MODEL, tokens_BT)
   _, past = run(MODEL, tokens_BT[:, :4])
   chunk, _ = run(
-    MODEL, tokens_BT[:, 4:], POSITIONS[1:, 4:].repeat(2, 0), past=((past, jnp.ones((2, 4), bool)),)
+    MODEL,
+    tokens_BT[:, 4:],
+    POSITIONS[1:, 4:].repeat(2, 0),
+    past=((past, POSITIONS[1:, :4].repeat(2, 0)),),
   )
   np.testing.assert_allclose(chunk, expected[:, 4:], atol=1e-5)
 
@@ -183,7 +191,7 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_to_it(tied):
   hidden = jax.random.normal(jax.random.key(0), (5, config.model_dim)).astype(jnp.bfloat16)
   for ours in (
     model.apply({'params': params}, hidden, method='head'),
-    logits(hidden, head_kernel(model, params)),
+    logits(model, hidden, head_kernel(model, params)),
   ):
     exact = hidden.astype(jnp.float32) @ head_kernel(model, params).astype(jnp.float32)
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
@@ -204,6 +212,6 @@ def test_the_head_laid_out_once_equals_the_head(tied, dtype):
   model, params = Transformer(config, dtype=jnp.dtype(dtype)), tiny_model.params(config)
   hidden_BD = jnp.asarray(np.random.default_rng(0).standard_normal((5, CONFIG.model_dim)), dtype)
   expected = model.apply({'params': params}, hidden_BD, method='head')
-  ours = logits(hidden_BD, head_kernel(model, params))
+  ours = logits(model, hidden_BD, head_kernel(model, params))
   assert ours.dtype == expected.dtype == jnp.float32
   np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
