@@ -1,0 +1,252 @@
+"""A conversation with a base or its adapter, the answer streamed as it comes.
+
+  answerer = Answerer(model, tokenizer, context=2048, max_new_tokens=256)
+  voice = answerer.voice(params)
+  chat = Chat(answerer)
+  for text in chat.ask('Which organ makes bile?', voice):
+    print(text, end='', flush=True)
+
+The prompt runs once, padded to one of few lengths; then each token is a step whose cache
+is updated in place. Every turn renders the whole chat anew, as training rows are, so that
+what the model sees does not depend on how it came about.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.data.messages import Messages, fit_prompt
+from lora_jax.errors import UserError
+from lora_jax.hub.tokenizer import ChatTokenizer
+from lora_jax.kernels import Kernel
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
+
+# Prompts are padded to this times a power of two: each length is a program to compile.
+_SHORTEST = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen.
+
+  Attributes:
+    temperature: what logits are divided by; 0: the most likely token, always.
+    top_p: draw among the most likely tokens that together have this probability
+      (nucleus sampling, Holtzman et al. 2020).
+    seed: of the draws.
+  """
+
+  temperature: float = 0.0
+  top_p: float = 1.0
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+  """Parameters to answer with, adapters attached or not, and their head laid out once."""
+
+  params: Mapping[str, Any]
+  head: Kernel
+
+
+class Answerer:
+  """Continues token ids one at a time."""
+
+  def __init__(
+    self,
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    context: int,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: the Transformer.
+      tokenizer: the base's.
+      context: tokens of prompt and answer together.
+      max_new_tokens: the longest answer; at most half of the context.
+      sampling: how tokens are chosen.
+    """
+    self._model = model
+    self.tokenizer = tokenizer
+    self.max_new_tokens = min(max_new_tokens, context // 2)
+    self.prompt_limit = context - self.max_new_tokens
+    self._sampling = sampling
+    self._key = jax.random.key(sampling.seed)
+
+  def voice(self, params: Mapping[str, Any]) -> Voice:
+    """Lays out what does not change from token to token."""
+    return Voice(params, jax.jit(head_kernel, static_argnums=0)(self._model, params))
+
+  def ids(self, voice: Voice, prompt: list[int]) -> Iterator[int]:
+    """Generates token ids up to the end of the turn, which is not among them."""
+    self._key, key = jax.random.split(self._key)
+    draw = (key, self._sampling.temperature, self._sampling.top_p)
+    tokens_1T = np.zeros((1, self._padded(len(prompt))), np.int32)
+    tokens_1T[0, : len(prompt)] = prompt
+    length = np.int32(len(prompt))
+    token, prompt_kv = _prefill(self._model, voice.params, voice.head, tokens_1T, length, draw)
+    own_kv = KeyValues.empty(self._model.config, 1, self.max_new_tokens, self._model.dtype)
+    for step in range(self.max_new_tokens):
+      token_id = int(token)
+      if token_id == self.tokenizer.eos_id:
+        return
+      yield token_id
+      if step + 1 < self.max_new_tokens:
+        token, own_kv = _decode(
+          self._model, voice.params, voice.head, prompt_kv, own_kv, token, length, step, draw
+        )
+
+  def _padded(self, length: int) -> int:
+    padded = _SHORTEST
+    while padded < length:
+      padded *= 2
+    return padded
+
+
+class Chat:
+  """The turns so far, of which the oldest go where the context ends."""
+
+  def __init__(self, answerer: Answerer, system: str | None = None):
+    """Starts a conversation; `system` None leaves the template's own default."""
+    self._answerer = answerer
+    self._system = system
+    self.dropped = 0
+    self.reset()
+
+  def reset(self) -> None:
+    """Forgets all turns but the system's."""
+    system = self._system
+    self.messages: Messages = (
+      () if system is None else ({'role': 'system', 'content': system},)
+    )
+
+  def ask(self, text: str, voice: Voice) -> Generator[str]:
+    """Adds a turn of the user and streams the answer, which becomes a turn as far as it got.
+
+    `dropped` says how many of the oldest turns had to go. Where the answer is abandoned
+    before its first token, the question is forgotten too.
+
+    Raises:
+      UserError: the turn alone is longer than the context, or the template refuses it.
+    """
+    asked = (*self.messages, {'role': 'user', 'content': text})
+    limit = self._answerer.prompt_limit
+    fitted = fit_prompt(asked, self._answerer.tokenizer, limit)
+    if fitted is None:
+      raise UserError(f'this turn alone is longer than {limit} tokens; say it in fewer words')
+    prompt, kept = fitted
+    self.dropped = len(asked) - len(kept)
+    stream, said = TextStream(self._answerer.tokenizer), False
+    try:
+      for token_id in self._answerer.ids(voice, prompt):
+        said = True
+        piece = stream.push(token_id)
+        if piece:
+          yield piece
+      said = True
+      rest = stream.rest()
+      if rest:
+        yield rest
+    finally:
+      if said:
+        self.messages = (*kept, {'role': 'assistant', 'content': stream.text})
+
+
+class TextStream:
+  """Token ids into text, a piece as soon as its characters are whole."""
+
+  def __init__(self, tokenizer: ChatTokenizer):
+    """Starts empty."""
+    self._tokenizer = tokenizer
+    self._ids: list[int] = []
+    self._shown = 0
+
+  @property
+  def text(self) -> str:
+    """All text so far."""
+    return self._tokenizer.decode(self._ids)
+
+  def push(self, token_id: int) -> str:
+    """The text that this token completes, maybe none."""
+    self._ids.append(token_id)
+    text = self.text
+    # A character of several bytes may end in the next token.
+    whole = text.rstrip('\ufffd')
+    piece, self._shown = whole[self._shown :], max(self._shown, len(whole))
+    return piece
+
+  def rest(self) -> str:
+    """What is left at the end, broken characters included."""
+    piece, self._shown = self.text[self._shown :], len(self.text)
+    return piece
+
+
+Draw = tuple[jax.Array, float, float]
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _prefill(
+  model: Transformer,
+  params: Mapping[str, Any],
+  head: Kernel,
+  tokens_1T: jax.Array,
+  length: jax.Array,
+  draw: Draw,
+) -> tuple[jax.Array, KeyValues]:
+  """The token after a prompt padded on the right, and the prompt's keys and values."""
+  hidden_1TD, prompt_kv = model.apply({'params': params}, tokens_1T)
+  last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD[0], length - 1)
+  return choose(logits(model, last_1D, head)[0], jnp.int32(0), draw), prompt_kv
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='own_kv')
+def _decode(
+  model: Transformer,
+  params: Mapping[str, Any],
+  head: Kernel,
+  prompt_kv: KeyValues,
+  own_kv: KeyValues,
+  token: jax.Array,
+  length: jax.Array,
+  step: jax.Array,
+  draw: Draw,
+) -> tuple[jax.Array, KeyValues]:
+  """The token after `token`, the answer's number `step`."""
+  slots_T = jnp.arange(prompt_kv.k_LBKSH.shape[3])
+  prompt_1T = jnp.where(slots_T < length, slots_T, NOWHERE)[None]
+  own_S = jnp.arange(own_kv.k_LBKSH.shape[3])
+  own_1S = jnp.where(own_S < step, length + own_S, NOWHERE)[None]
+  hidden_11D, new_kv = model.apply(
+    {'params': params},
+    token[None, None],
+    (length + step)[None, None],
+    past=((prompt_kv, prompt_1T), (own_kv, own_1S)),
+  )
+  logits_V = logits(model, hidden_11D[0], head)[0]
+  return choose(logits_V, step + 1, draw), own_kv.write(new_kv, step)
+
+
+def choose(logits_V: jax.Array, step: jax.Array, draw: Draw) -> jax.Array:
+  """A token: the likeliest at temperature 0, else one drawn; the key and the step decide it."""
+  key, temperature, top_p = draw
+
+  def sampled():
+    scaled_V = logits_V / temperature
+    order_V = jnp.argsort(-scaled_V)
+    ordered_V = scaled_V[order_V]
+    probs_V = jax.nn.softmax(ordered_V)
+    # The first is always among them.
+    before_V = jnp.cumsum(probs_V) - probs_V
+    kept_V = jnp.where(before_V < top_p, ordered_V, -jnp.inf)
+    return order_V[jax.random.categorical(jax.random.fold_in(key, step), kept_V)]
+
+  likeliest = lambda: jnp.argmax(logits_V)
+  return jax.lax.cond(temperature > 0, sampled, likeliest).astype(jnp.int32)
