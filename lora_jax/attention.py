@@ -142,7 +142,7 @@ def _blockwise_forward(scale, cap, q_BTNH, k_BKTH, v_BKTH, seen):
     q_BKQH = _merge_groups(q_BKGTH[..., start:end, :])
     scores_BKQS = _product('BKQH,BKSH->BKQS', q_BKQH, k_BKTH[:, :, :end])
     scores_BKGtS = softcap(scores_BKQS.reshape(*q_BKGTH.shape[:3], end - start, end), cap)
-    scores_BKGtS += _bias(*seen, start, end)[:, None, None]
+    scores_BKGtS += _bias(seen, start, end)[:, None, None]
     top_BKGt1 = scores_BKGtS.max(-1, keepdims=True)
     weights_BKGtS = jnp.exp(scores_BKGtS - top_BKGt1)
     total_BKGt1 = weights_BKGtS.sum(-1, keepdims=True)
@@ -172,7 +172,7 @@ def _blockwise_backward(scale, cap, held, grad_BTNH):
     scores_BKSQ = _product('BKSH,BKQH->BKSQ', k_BKTH[:, :, :end], q_BKQH)
     # Groups apart from queries, or the bias is spread by a division for each number.
     apart = (*scores_BKSQ.shape[:3], q_BKGTH.shape[2], end - start)
-    bias_BSt = _bias(*seen, start, end).swapaxes(1, 2)
+    bias_BSt = _bias(seen, start, end).swapaxes(1, 2)
     capped_BKSGt = softcap(scores_BKSQ.reshape(apart), cap)
     logits_BKSGt = capped_BKSGt + bias_BSt[:, None, :, None]
     weights_BKSGt = jnp.exp(logits_BKSGt - log_sum_BKGt[:, :, None])
@@ -230,8 +230,9 @@ def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
   return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def _bias(positions_BT, segments_BT, window, start: int, end: int) -> jax.Array:
+def _bias(seen, start: int, end: int) -> jax.Array:
   """(B, t, S): 0 where a query of the block may see a key up to its end, else `_HIDDEN`."""
+  positions_BT, segments_BT, window = seen
   queries = None if segments_BT is None else segments_BT[:, start:end]
   keys = None if segments_BT is None else segments_BT[:, :end]
   mask_BtS = causal_mask(positions_BT[:, start:end], positions_BT[:, :end], queries, keys, window)
