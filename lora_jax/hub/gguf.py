@@ -92,7 +92,7 @@ class GgufFile:
   def require_tensor(self, name: str) -> Tensor:
     """Where the tensor `name` lies; `UserError` if the file has none."""
     if name not in self.tensors:
-      raise UserError(f'{self.path}: has no tensor {name}; give a whole Llama model in one file')
+      raise UserError(f'{self.path}: has no tensor {name}; give a whole model in one file')
     return self.tensors[name]
 
   def read(self, name: str) -> np.ndarray:
@@ -109,7 +109,7 @@ class GgufFile:
     except NotImplementedError as error:
       raise UserError(
         f'{self.path}: tensor {name} has type {tensor.kind.name}, which cannot be dequantised '
-        'here; give a file in Q4_1, Q8_0, F16, BF16 or F32'
+        'here; give a file in Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, F16, BF16 or F32'
       ) from error
 
 
@@ -131,6 +131,11 @@ def open_file(path: str | Path) -> GgufFile:
     metadata, tensors = _header(data)
   except _DamagedError as error:
     raise UserError(f'{path}: {error}; delete it and fetch it again') from error
+  if metadata.get('split.count', 1) != 1:
+    raise UserError(
+      f'{path}: is one of {metadata["split.count"]} parts; join them with '
+      'llama-gguf-split --merge and give the whole'
+    )
   return GgufFile(path, metadata, tensors, data)
 
 
