@@ -9,7 +9,7 @@ import pytest
 import tiny_gguf
 
 from lora_jax.errors import UserError
-from lora_jax.hub import bases, wheel
+from lora_jax.hub import bases, tiny, wheel
 
 CONTENT = b'GGUF' + bytes(range(200))
 
@@ -134,7 +134,7 @@ def test_names_are_accepted():
     bases.check_name(name)
 
 
-@pytest.mark.parametrize('name', ['banana', '', 'SmolLM2', 'model.safetensors'])
+@pytest.mark.parametrize('name', ['banana', '', 'SmolLM2', 'model.safetensors', './none', 'a/b/c'])
 def test_unknown_name_lists_the_bases(name):
   for call in (bases.check_name, bases.load):
     with pytest.raises(UserError) as error:
@@ -215,8 +215,8 @@ def test_tiny_is_the_same_each_time_and_of_unit_gain():
 
 def test_tiny_hash_depends_on_the_weights(monkeypatch):
   before = bases.load('tiny').record['sha256']
-  random_params = bases._random_params
-  monkeypatch.setattr(bases, '_random_params', lambda config, seed: random_params(config, seed + 1))
+  random_params = tiny.random_params
+  monkeypatch.setattr(tiny, 'random_params', lambda config, seed: random_params(config, seed + 1))
   assert bases.load('tiny').record['sha256'] != before
 
 

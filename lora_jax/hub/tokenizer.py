@@ -1,6 +1,7 @@
-"""Byte-level BPE with a chat template, from GGUF metadata or with no merges at all.
+"""Text and chats into token ids, and back, for any base.
 
-    tokenizer = from_gguf(gguf.open_file(path))
+    tokenizer = tokenizer_gguf.from_gguf(gguf.open_file(path))     # or
+    tokenizer = tokenizer_hf.from_directory(directory, vocab_size)
     ids = tokenizer.encode_chat([{'role': 'user', 'content': 'Which organ makes bile?'}])
     text = tokenizer.decode(generated_ids)
 
@@ -9,109 +10,88 @@ token. `encode_chat` never lets it become one; `encode` does, and is meant for t
 that is trusted, such as a rendered chat in a test.
 """
 
-import datetime
-import functools
-import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jinja2
-import jinja2.sandbox
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-from lora_jax.errors import UserError
-from lora_jax.hub.gguf import GgufFile
-
-Messages = Sequence[Mapping[str, str]]
-
-# Token types of GGUF (llama.cpp, enum llama_token_type).
-_CONTROL, _USER_DEFINED = 3, 4
+from lora_jax.hub.chat_template import ChatTemplate, Messages
 
 _LONE_SURROGATE = re.compile('[\ud800-\udfff]')
 _PRIVATE_USE = range(0xE000, 0xF900)
+# Unicode's White_Space, which is what `tokenizers` strips; Python's own has more.
+_WHITE_SPACE = '\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000'
+_WHITE_SPACE += ''.join(map(chr, range(0x2000, 0x200B)))
 
 
 class ChatTokenizer:
   """Turns text and chats into token ids, and back.
 
   Attributes:
-    vocab_size: number of tokens.
+    vocab_size: one more than the largest id.
     eos_id: the token that ends a turn.
     pad_id: the token to pad with; may equal `eos_id`.
-    bos_id: the token that begins a text, or None. No method adds it.
+    bos_id: the token that begins a text, or None. No method adds it: templates do.
     special_tokens: text of each special token -> its id.
+    template: the form of a chat.
   """
 
   def __init__(
     self,
+    full: Tokenizer,
+    plain: Tokenizer,
+    template: ChatTemplate,
     *,
-    tokens: Sequence[str],
-    merges: Sequence[tuple[str, str]],
-    special_ids: Collection[int],
-    user_defined_ids: Collection[int] = (),
-    chat_template: str,
     eos_id: int,
     pad_id: int,
     bos_id: int | None = None,
+    inner: Tokenizer | None = None,
   ):
-    """Builds the tokenizer.
+    """Puts the parts together; `tokenizer_json.build` makes the tokenizers.
+
+    There are several over one vocabulary, since the switch of a tokenizer that ignores
+    special tokens is mutable state, not safe between threads and lost in a pickle.
 
     Args:
-      tokens: text of every token, in the byte-level alphabet of GPT-2.
-      merges: pairs of tokens in order of priority.
-      special_ids: ids that only a template or a model may produce.
-      user_defined_ids: ids that are found in any text before BPE, even in data.
-      chat_template: Jinja source, as Hugging Face's tokenizers have it.
+      full: finds special tokens in text, unnormalised.
+      plain: never gives one, whatever the text.
+      template: the form of a chat.
       eos_id: the token that ends a turn.
       pad_id: the token to pad with.
       bos_id: the token that begins a text, or None.
+      inner: `plain` for text that does not stand at the beginning, where that makes a
+        difference; None: it makes none.
     """
-    self.vocab_size = len(tokens)
     self.eos_id = eos_id
     self.pad_id = pad_id
     self.bos_id = bos_id
-    self.special_tokens = {tokens[i]: i for i in special_ids}
-    self._chat_template = chat_template
-    self._template_names = {
-      'bos_token': '' if bos_id is None else tokens[bos_id],
-      'eos_token': tokens[eos_id],
-      'pad_token': tokens[pad_id],
-    }
-    vocab = {token: i for i, token in enumerate(tokens)}
-    model = models.BPE(vocab=vocab, merges=list(merges))
-    user_defined = [AddedToken(tokens[i], normalized=False) for i in user_defined_ids]
-    # Two tokenizers over one model, since the switch that ignores special tokens is
-    # mutable state, not safe between threads and lost in a pickle.
-    self._plain = _bpe(model, user_defined)
-    self._full = _bpe(model, user_defined)
-    self._full.add_special_tokens(
-      [AddedToken(token, normalized=False, special=True) for token in self.special_tokens]
-    )
+    self.template = template
+    self._full = full
+    self._plain = plain
+    self._inner = plain if inner is None else inner
+    self.vocab_size = 1 + max(full.get_vocab(with_added_tokens=True).values())
+    added = full.get_added_tokens_decoder()
+    self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+    names = sorted(self.special_tokens, key=len, reverse=True)
+    self._special = re.compile('|'.join(map(re.escape, names)) or r'(?!)')
+    # Some special tokens swallow the spaces beside them.
+    self._eats_before = {token.content for token in added.values() if token.lstrip}
+    self._eats_after = {token.content for token in added.values() if token.rstrip}
 
   def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-    """The chat as text.
-
-    Args:
-      messages: turns, each with the strings 'role' and 'content'.
-      add_generation_prompt: whether to end with the opening of an assistant turn.
-
-    Raises:
-      UserError: the template refuses the messages.
-    """
-    try:
-      return _compile(self._chat_template).render(
-        messages=messages, add_generation_prompt=add_generation_prompt, **self._template_names
-      )
-    except jinja2.TemplateError as error:
-      raise UserError(f'the chat template refuses these messages: {_one_line(error)}') from error
+    """The chat as text; see `ChatTemplate.render`."""
+    return self.template.render(messages, add_generation_prompt)
 
   def encode(self, text: str) -> list[int]:
     """Ids of trusted text: special tokens written out in it become those tokens."""
     return self._full.encode(_whole(text), add_special_tokens=False).ids
 
   def encode_plain(self, text: str) -> list[int]:
-    """Ids of untrusted text: none of them is special, whatever the text says."""
+    """Ids of untrusted text: none of them is special, whatever the text says.
+
+    Where a vocabulary has no bytes to fall back to, a character that it lacks is its
+    unknown token, as everywhere.
+    """
     return self._plain.encode(_whole(text), add_special_tokens=False).ids
 
   def encode_chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
@@ -124,8 +104,7 @@ class ChatTokenizer:
     Raises:
       UserError: the template refuses the messages.
     """
-    names = sorted(self.special_tokens, key=len, reverse=True)
-    special = re.compile('|'.join(map(re.escape, names)) or r'(?!)')
+    special = self._special
     everything = '\n'.join(value for message in messages for value in message.values())
     if not special.search(everything):
       return self.encode(self.render(messages, add_generation_prompt))
@@ -141,12 +120,20 @@ class ChatTokenizer:
     text = self.render(masked, add_generation_prompt)
     by_id = {str(i): token for token, i in self.special_tokens.items()}
     reveal = lambda part: re.sub(f'{mark}([0-9]+){mark}', lambda found: by_id[found[1]], part)
-    ids, start = [], 0
-    for found in special.finditer(text):
-      ids += self.encode_plain(reveal(text[start : found.start()]))
-      ids.append(self.special_tokens[found[0]])
-      start = found.end()
-    return ids + self.encode_plain(reveal(text[start:]))
+    ids: list[int] = []
+    start, before = 0, ''
+    for found in [*special.finditer(text), None]:
+      part = text[start : found.start() if found else None]
+      if before in self._eats_after:
+        part = part.lstrip(_WHITE_SPACE)
+      if found and found[0] in self._eats_before:
+        part = part.rstrip(_WHITE_SPACE)
+      tokenizer = self._inner if start else self._plain
+      ids += tokenizer.encode(_whole(reveal(part)), add_special_tokens=False).ids
+      if found:
+        before, start = found[0], found.end()
+        ids.append(self.special_tokens[before])
+    return ids
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -178,102 +165,6 @@ class ChatTokenizer:
     return end
 
 
-def from_gguf(file: GgufFile) -> ChatTokenizer:
-  """Builds the tokenizer that a GGUF file describes in its metadata.
-
-  Raises:
-    UserError: it is not byte-level BPE with the pre-tokenizer `smollm`, or it has
-      no chat template.
-  """
-  kind = file.require('tokenizer.ggml.model', str)
-  if kind != 'gpt2':
-    raise UserError(
-      f'{file.path}: tokenizer model {kind!r} is not supported; give a file with byte-level BPE '
-      "('gpt2')"
-    )
-  pre_tokenizer = file.require('tokenizer.ggml.pre', str, 'default')
-  if pre_tokenizer != 'smollm':
-    raise UserError(
-      f"{file.path}: pre-tokenizer {pre_tokenizer!r} is not supported; give a file with 'smollm' "
-      '(the SmolLM and SmolLM2 families)'
-    )
-  template = file.require('tokenizer.chat_template', str, '')
-  if not template:
-    raise UserError(f'{file.path}: has no chat template; give an instruct model')
-  tokens = file.require('tokenizer.ggml.tokens', list)
-  types = file.require('tokenizer.ggml.token_type', list)
-  merges = [tuple(merge.split(' ')) for merge in file.require('tokenizer.ggml.merges', list)]
-  text_end = file.require('tokenizer.ggml.eos_token_id', int)
-  turn_end = file.require('tokenizer.ggml.eot_token_id', int, text_end)
-  bos_id = file.metadata.get('tokenizer.ggml.bos_token_id')
-  pad_id = file.require('tokenizer.ggml.padding_token_id', int, text_end)
-  if len(types) != len(tokens):
-    raise UserError(
-      f'{file.path}: has {len(tokens)} tokens but {len(types)} token types; convert it again'
-    )
-  outside = [i for i in (turn_end, pad_id, bos_id) if i is not None and i >= len(tokens)]
-  if outside:
-    raise UserError(
-      f'{file.path}: names token {outside[0]} of {len(tokens)}; convert the model again'
-    )
-  try:
-    _compile(template)
-    return ChatTokenizer(
-      tokens=tokens,
-      merges=merges,
-      special_ids=[i for i, kind in enumerate(types) if kind == _CONTROL],
-      user_defined_ids=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
-      chat_template=template,
-      eos_id=turn_end,
-      pad_id=pad_id,
-      bos_id=bos_id,
-    )
-  except jinja2.TemplateError as error:
-    raise UserError(
-      f'{file.path}: its chat template does not parse ({_one_line(error)}); give another file'
-    ) from error
-  # `tokenizers` raises a bare Exception when a merge names an unknown token.
-  except Exception as error:
-    raise UserError(
-      f'{file.path}: its vocabulary is not usable ({_one_line(error)}); convert the model again'
-    ) from error
-
-
-def _bpe(model: models.BPE, user_defined: Sequence[AddedToken]) -> Tokenizer:
-  """The pre-tokenizer `smollm`: single digits, then GPT-2's words, as bytes."""
-  tokenizer = Tokenizer(model)
-  digits = pre_tokenizers.Digits(individual_digits=True)
-  words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_tokens(list(user_defined))
-  return tokenizer
-
-
 def _whole(text: str) -> str:
   """Half a surrogate pair, which JSON allows, is not text that can be encoded."""
   return _LONE_SURROGATE.sub('\ufffd', text)
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-  """A chat template with the same environment as in Hugging Face transformers."""
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
-  )
-
-  def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-  # Jinja's own filter escapes HTML, which a prompt is not.
-  def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-  environment.filters['tojson'] = tojson
-  environment.globals['raise_exception'] = raise_exception
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
-  return environment.from_string(source)
