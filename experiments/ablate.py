@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _flags, _launcher, _lora_flags
+from experiments import _launcher
+from lora_jax.config import CACHE, QUANTIZE
 from lora_jax.errors import UserError
 from lora_jax.presets import (
   ARTICLE_TARGETS,
@@ -36,8 +37,34 @@ _DATA = flags.DEFINE_string(
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
-_flags.define_base()
-_flags.define_changes(*_flags.ALL_CHANGES)
+_CACHE = flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
+
+# Flags that change a preset: (section of Settings, its field).
+_OVERRIDES = {
+  'rank': ('lora', 'rank'),
+  'alpha': ('lora', 'alpha'),
+  'dropout': ('lora', 'dropout'),
+  'lr': ('optim', 'learning_rate'),
+  'lr_ratio': ('optim', 'lr_ratio'),
+  'steps': ('train', 'steps'),
+  'tokens_per_batch': ('train', 'tokens_per_batch'),
+  'max_length': ('train', 'max_length'),
+  'train_rows': ('train', 'train_rows'),
+  'test_rows': ('eval', 'test_rows'),
+  'batch_rows': ('eval', 'batch_rows'),
+  'max_new_tokens': ('eval', 'max_new_tokens'),
+}
+_AT_LEAST_ZERO = ('dropout', 'train_rows', 'test_rows')
+for _flag, (_section, _field) in _OVERRIDES.items():
+  _kind = {int: flags.DEFINE_integer, float: flags.DEFINE_float}[
+    type(getattr(getattr(Settings(), _section), _field))
+  ]
+  _kind(_flag, None, f"The preset's {_section}.{_field}.")
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
+)
+flags.DEFINE_bool('remat', None, "The preset's train.remat.")
+flags.DEFINE_enum('quantize', None, QUANTIZE, "The preset's train.quantize.")
 
 
 def settings_from_flags() -> Settings:
@@ -46,8 +73,41 @@ def settings_from_flags() -> Settings:
   Raises:
     UserError: a value that makes no sense.
   """
-  settings = _flags.changed(PRESETS[_PRESET.value])
-  return dataclasses.replace(settings, lora=_lora_flags.lora_config(settings.lora))
+  settings = PRESETS[_PRESET.value]
+  if _BASE.value is not None:
+    settings = dataclasses.replace(settings, base=_BASE.value)
+  for flag, (section, field) in _OVERRIDES.items():
+    value = flags.FLAGS[flag].value
+    if value is None:
+      continue
+    allowed = value >= 0 if flag in _AT_LEAST_ZERO else value > 0
+    if not allowed or math.isinf(value):
+      least = 'from' if flag in _AT_LEAST_ZERO else 'above'
+      raise UserError(f'--{flag}={value}: give a number {least} zero')
+    part = dataclasses.replace(getattr(settings, section), **{field: value})
+    settings = dataclasses.replace(settings, **{section: part})
+  if settings.lora.dropout >= 1:
+    raise UserError(f'--dropout={settings.lora.dropout}: give a share below 1')
+  if settings.train.max_length < 64:
+    raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
+  changes = {'dtype': _dtype(_DTYPE.value)}
+  for field in ('remat', 'quantize'):
+    if flags.FLAGS[field].value is not None:
+      changes[field] = flags.FLAGS[field].value
+  return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+
+
+def _dtype(name: str) -> str:
+  """What 'auto' means here: bfloat16, but for a CPU that multiplies it slowly."""
+  if name != 'auto':
+    return name
+  import jax
+
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
+  version = tuple(int(part) for part in jax.__version__.split('.')[:2])
+  fast = version >= (0, 11) and _launcher.cpu_has_bfloat16()
+  return 'bfloat16' if fast else 'float32'
 
 
 def _seeds() -> tuple[int, ...]:

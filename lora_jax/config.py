@@ -14,6 +14,9 @@ LORA_INITS = ('default', 'pissa')
 # Where downloads, prepared rows and compiled programs are kept unless told otherwise.
 CACHE = '~/.cache/lora_jax'
 
+# How the kernels of a frozen base's blocks may be stored; see `lora_jax.quantize`.
+QUANTIZE = ('none', 'nf4', 'int8')
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -216,6 +219,8 @@ class TrainConfig:
     patience: stop after so many evaluations in a row without a lower loss; 0: never.
     dtype: of activations and of the frozen base: 'bfloat16' or 'float32'.
     remat: recompute blocks in the backward pass to save memory.
+    quantize: how the kernels of the frozen base's blocks are stored, in training and
+      ever after: 'none' (in `dtype`), 'nf4' or 'int8'.
   """
 
   steps: int = 40
@@ -228,6 +233,7 @@ class TrainConfig:
   patience: int = 0
   dtype: str = 'bfloat16'
   remat: bool = False
+  quantize: str = 'none'
 
 
 

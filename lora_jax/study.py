@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import checkpoint, latency, lora
+from lora_jax import checkpoint, latency, lora, quantize
 from lora_jax.data import builder
 from lora_jax.data.encode import budget, encode_prompt
 from lora_jax.data.pipeline import (
@@ -71,7 +71,10 @@ class Study:
     self._run = run
     self._cache_dir = cache_dir
     dtype = jnp.dtype(settings.train.dtype)
-    self._params = jax.tree.map(lambda x: jnp.asarray(x, dtype), base.params)
+    kind = settings.train.quantize
+    self._params = quantize.store(base.params, dtype, kind)
+    if kind != 'none':
+      print(f'{kind}: {quantize.footprint(self._params)}', file=sys.stderr)
     self._model = Transformer(base.config, dtype=dtype)
     self._train_model = Transformer(base.config, dtype=dtype, remat=settings.train.remat)
 

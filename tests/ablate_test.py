@@ -72,6 +72,18 @@ def test_finished_cells_are_skipped_and_the_report_is_the_same(finished):
   assert 'train medmcqa' not in again.stderr
 
 
+def test_a_quantised_base_is_measured_and_recorded(tmp_path):
+  done = ablate(*SMOKE, '--quantize=nf4', '--datasets=medmcqa', f'--out={tmp_path / "out"}')
+  assert done.returncode == 0, done.stderr
+  assert 'nf4: 14 kernels, ' in done.stderr
+  record = json.loads(
+    (tmp_path / 'out' / 'cells' / 'medmcqa-o_proj,fc2-equal_rank-seed0.json').read_text()
+  )
+  assert record['status'] == 'done'
+  assert record['settings']['train']['quantize'] == 'nf4'
+  assert 'stored as nf4' in (tmp_path / 'out' / 'report.md').read_text()
+
+
 def export(*arguments):
   return subprocess.run(
     [sys.executable, '-m', 'experiments.export', *arguments],

@@ -245,6 +245,15 @@ def test_settings_of_no_preset_are_not_called_one(tmp_path):
   text, held, _ = written(run)
   assert 'preset `' not in text
   assert held['preset'] is None
+  assert 'stored as' not in text
+
+
+def test_a_quantised_base_is_said(tmp_path):
+  run = start(tmp_path, quantize='nf4')
+  plant(run, 'medmcqa', 'base', [0, 1])
+  text, held, _ = written(run)
+  assert 'bfloat16, kernels stored as nf4;' in text
+  assert held['preset'] is None
 
 
 def test_scores_that_mean_little_are_told_so(tmp_path):

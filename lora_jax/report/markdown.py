@@ -93,6 +93,7 @@ def _what_was_run(results: Results) -> str:
       if name != BASE
     }
   )
+  quantized = '' if train['quantize'] == 'none' else f', kernels stored as {train["quantize"]}'
   dropout = f', dropout {lora["dropout"]:g}' if lora['dropout'] else ''
   return (
     f'Base {code(base_name(results))} ({results.base["weights"]}, sha256 '
@@ -100,7 +101,7 @@ def _what_was_run(results: Results) -> str:
     f'alpha {lora["alpha"]:g}{dropout}, one set of target modules a column. All train alike: '
     f'{train["steps"]} steps of {train["tokens_per_batch"]:,} tokens (padding included), rows of '
     f'at most {train["max_length"]:,} tokens, AdamW at a peak rate of {optim["learning_rate"]:g} '
-    f'for A and {optim["lr_ratio"]:g} times that for B, {train["dtype"]}; '
+    f'for A and {optim["lr_ratio"]:g} times that for B, {train["dtype"]}{quantized}; '
     f'{_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
     + (f'preset {code(preset)}.' if preset else 'settings of its own, no preset.')
     + f'\n\nRows used: {_source(results)}. How many, and how each task is posed: see "Rows and '
