@@ -47,10 +47,12 @@ _AT_LEAST_ZERO = ('train_rows', 'test_rows', 'patience')
 _LEAST_LENGTH = 64
 
 
-def define_base(default: str | None = None) -> None:
-  """--base, --cache and --dtype."""
+def define_base(default: str | None = None, arithmetic: bool = True) -> None:
+  """--base and --cache; with `arithmetic`, --dtype and --quantize."""
   flags.DEFINE_string('base', default, "A base's name, or a .gguf file.")
   flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
+  if not arithmetic:
+    return
   flags.DEFINE_enum(
     'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
   )

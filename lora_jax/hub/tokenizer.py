@@ -139,6 +139,10 @@ class ChatTokenizer:
     """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
     return self._full.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+  def to_json(self) -> str:
+    """The content of a tokenizer.json of Hugging Face."""
+    return self._full.to_str()
+
   def offsets(self, text: str) -> list[tuple[int, int]]:
     """Start and end character in `text` of each token of `encode_plain(text)`.
 
