@@ -1,15 +1,19 @@
+import dataclasses
 import hashlib
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_gguf
+import tiny_model
+import tiny_tokenizers
 
 from lora_jax.errors import UserError
-from lora_jax.hub import bases, tiny, wheel
+from lora_jax.hub import bases, huggingface, snapshot, tiny, wheel
 
 CONTENT = b'GGUF' + bytes(range(200))
 
@@ -189,13 +193,13 @@ def expected_shapes(config):
   }
 
 
-def assert_consistent(base):
+def assert_consistent(base, dtype=np.float32):
   assert shapes(base.params) == expected_shapes(base.config)
   for leaf in leaves(base.params):
-    assert leaf.dtype == np.float32
-    assert np.isfinite(leaf).all()
+    assert leaf.dtype == dtype
+    assert np.isfinite(leaf.astype(np.float32)).all()
     assert leaf.flags.writeable
-  assert base.tokenizer.vocab_size == base.config.vocab_size
+  assert base.tokenizer.vocab_size <= base.config.vocab_size
   assert {'name', 'source', 'sha256', 'weights', 'licence'} <= base.record.keys()
   ids = base.tokenizer.encode_chat([{'role': 'user', 'content': 'one 2'}])
   assert 0 <= min(ids) <= max(ids) < base.config.vocab_size
@@ -231,6 +235,59 @@ def test_own_gguf_file(tmp_path):
     'weights': 'F32',
     'licence': 'mit',
   }
+
+
+def test_a_gguf_file_without_a_template_is_recorded(tmp_path):
+  path = tiny_gguf.write(tmp_path / 'mine.gguf', tokenizer__chat_template=None)
+  base = bases.load(str(path))
+  assert base.record['chat_template'] == 'plain headings of ours: the base has none'
+  assert base.tokenizer.render([{'role': 'user', 'content': 'a'}]).startswith('### user\na')
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+  """A random model and a tokenizer with fewer tokens than it has embeddings."""
+  config = dataclasses.replace(tiny_model.CONFIG, vocab_size=700)
+  directory = tiny_tokenizers.write(tmp_path / 'mine', 'llama3')
+  huggingface.save(directory, config, tiny_model.params(config), dtype='bfloat16')
+  return directory
+
+
+def test_own_directory(checkpoint):
+  (checkpoint / 'README.md').write_text('---\ntags: [a]\nlicense: mit\n---\n# A model\n')
+  base = bases.load(str(checkpoint))
+  assert_consistent(base, ml_dtypes.bfloat16)
+  assert base.config.vocab_size == 700
+  assert base.record == {
+    'name': str(checkpoint),
+    'source': 'mine',
+    'sha256': huggingface.fingerprint(checkpoint),
+    'weights': 'BF16',
+    'licence': 'mit',
+  }
+
+
+def test_a_model_of_the_hub(checkpoint, monkeypatch):
+  monkeypatch.setattr(snapshot, 'fetch', lambda hub_id: checkpoint)
+  base = bases.load('owner/name')
+  assert_consistent(base, ml_dtypes.bfloat16)
+  assert base.record['hub_id'] == base.record['name'] == 'owner/name'
+  assert base.record['source'] == 'owner/name@mine'
+  assert base.record['licence'] == 'unknown'
+
+
+def test_a_directory_comes_before_the_hub(checkpoint, monkeypatch):
+  monkeypatch.chdir(checkpoint.parent.parent)
+  name = f'{checkpoint.parent.name}/mine'
+  assert snapshot.is_hub_id(name)
+  assert bases.load(name).record['source'] == 'mine'
+
+
+def test_a_directory_without_a_model(tmp_path):
+  for call in (bases.check_name, bases.load):
+    with pytest.raises(UserError, match=r'has no config\.json; give the directory') as error:
+      call(str(tmp_path))
+    one_line(error)
 
 
 def test_embeddings_and_tokens_must_agree(tmp_path):
