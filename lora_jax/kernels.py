@@ -28,9 +28,9 @@ Kernel: TypeAlias = 'jax.Array | QuantizedKernel | LoraKernel'
 class LoraKernel:
   """A frozen kernel and the low-rank update that is added to its product.
 
-  Computes `x @ w + scale * (dropout(x) @ a) @ b` (Hu et al. 2021, equation 3)
-  without ever forming `a @ b`. Every leaf may carry leading axes that `scan` or
-  `vmap` strips before `dot` sees it.
+  Computes `gain * (x @ w + scale * (dropout(x) @ a) @ b)` (Hu et al. 2021, equation 3;
+  gain: Liu et al. 2024, equation 5) without ever forming `a @ b`. Every leaf may carry
+  leading axes that `scan` or `vmap` strips before `dot` sees it.
 
   Attributes:
     w: the base kernel, (in, out); any kind that `dot` accepts.
@@ -41,6 +41,7 @@ class LoraKernel:
       None (evaluation).
     dropout_rate: share of the input's entries that are dropped; read only where
       there is a key.
+    gain: (out,), float32, what each output is multiplied by (DoRA), or None.
   """
 
   w: Kernel
@@ -49,6 +50,7 @@ class LoraKernel:
   scale: jax.Array
   dropout_key: jax.Array | None = None
   dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
+  gain: jax.Array | None = None
 
 
 def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -69,17 +71,43 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   if not isinstance(kernel, LoraKernel):
     return product(x, kernel.astype(x.dtype))
   base = dot(x, kernel.w, dtype)
+  seen = x
   if kernel.dropout_key is not None:
     keep = jax.random.bernoulli(kernel.dropout_key, 1.0 - kernel.dropout_rate, x.shape)
-    x = jnp.where(keep, x / (1.0 - kernel.dropout_rate), 0).astype(x.dtype)
-  low = jnp.matmul(x, kernel.a.astype(x.dtype))
+    seen = jnp.where(keep, x / (1.0 - kernel.dropout_rate), 0).astype(x.dtype)
+  low = jnp.matmul(seen, kernel.a.astype(x.dtype))
   # The scale goes on the narrow (..., R) product, where it costs least.
   low = low * kernel.scale.astype(x.dtype)
-  return base + product(low, kernel.b.astype(x.dtype))
+  update = product(low, kernel.b.astype(x.dtype))
+  if kernel.gain is None:
+    return base + update
+  # What the gain adds to the base is the adapter's too, so dropout reaches it, as in PEFT.
+  of_base = base if seen is x else dot(seen, kernel.w, dtype)
+  # In float32: a gain rounded to bfloat16 could not leave 1 by little.
+  gain = jnp.broadcast_to(kernel.gain, base.shape)
+  return (base + (gain - 1) * of_base + gain * update).astype(base.dtype)
 
 
-def dense(kernel: jax.Array | QuantizedKernel, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """A base kernel, quantised or not, as one array (..., in, out): for norms and merging."""
+def dense(kernel: Kernel, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """The matrix (..., in, out) that a kernel of any kind multiplies by, dropout aside.
+
+  An adapter is added in float32, whatever `dtype` the result then has.
+  """
   if isinstance(kernel, QuantizedKernel):
     return kernel.dequantize(dtype)
-  return kernel.astype(dtype)
+  if not isinstance(kernel, LoraKernel):
+    return kernel.astype(dtype)
+  update = jnp.matmul(kernel.a, kernel.b, precision=jax.lax.Precision.HIGHEST)
+  whole = dense(kernel.w, jnp.float32) + kernel.scale[..., None, None] * update
+  if kernel.gain is not None:
+    whole = whole * kernel.gain[..., None, :]
+  return whole.astype(dtype)
+
+
+def lengths(kernel: LoraKernel) -> jax.Array:
+  """Euclidean length of the weights of each output, (..., out), in float32.
+
+  Layers are taken one after the other, so that only one is dense at a time.
+  """
+  length = lambda one: jnp.linalg.norm(dense(one, jnp.float32), axis=-2)
+  return jax.lax.map(length, kernel) if kernel.a.ndim > 2 else length(kernel)

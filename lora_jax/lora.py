@@ -8,10 +8,19 @@ adapter and kernel together where the kernel stood; the model never hears of it.
   paths = resolve('o_proj,fc2', params)
   adapters = init(key, params, paths, rank=16)
   hidden, _ = model.apply({'params': attach(params, adapters, scale=2.0)}, tokens)
+
+The rest of the family is more leaves of the same mirror, each there or not:
+
+  .../o_proj/m         (L, out)    learned length of each output's weights (DoRA);
+                                   0 in a layer that has no adapter
+  .../o_proj/{a0, b0}  like a, b   where A and B began, frozen; the kernel goes without
+                                   their product (PiSSA)
+  .../qkv_proj/a                   one A for q_proj, k_proj and v_proj, which then hold
+                                   b alone (fused); all three B are one over their outputs
+  norm/scale, .../bias             anything named as in the base takes its leaf's place
 """
 
 import dataclasses
-import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,85 +31,25 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
+from lora_jax import targets
 from lora_jax.errors import UserError
-from lora_jax.kernels import LoraKernel, dense
+from lora_jax.kernels import LoraKernel, dense, lengths
+from lora_jax.targets import GROUPS, canonical, resolve, split, targetable
+
+__all__ = [
+  'GROUPS', 'canonical', 'resolve', 'split', 'targetable',
+  'init', 'attach', 'merge', 'split_fused', 'specs', 'summarise',
+  'Module', 'modules', 'replaced', 'scales_of', 'Summary',
+]  # fmt: skip
 
 Params = Mapping[str, Any]
 
 # One for all modules, or path -> one for each layer.
 Scale = float | jax.Array | Mapping[str, Sequence[float] | np.ndarray]
 
-# The article's names for sets of modules, in the order of a block.
-GROUPS = {
-  'qkv': ('q_proj', 'k_proj', 'v_proj'),
-  'o_proj': ('o_proj',),
-  'fc1': ('gate_proj', 'up_proj'),
-  'fc2': ('down_proj',),
-}
-GROUPS['all'] = tuple(name for names in tuple(GROUPS.values()) for name in names)
-
-
-def targetable(params: Params) -> tuple[str, ...]:
-  """Paths of the modules that an adapter can sit on: the blocks' Dense modules."""
-  flat = _flatten(params)
-  return tuple(
-    path.removesuffix('/kernel')
-    for path in flat
-    if path.startswith('layers/') and path.endswith('/kernel')
-  )
-
-
-def resolve(targets: str, params: Params) -> tuple[str, ...]:
-  """Finds the modules that a set of targets names.
-
-  Args:
-    targets: comma-joined names; each an article's target (`qkv`, `o_proj`, `fc1`,
-      `fc2`, `all`), a module's name (`gate_proj`) or a regular expression that
-      matches a module's whole path (`layers/attn/.*`), itself without a comma.
-    params: the model's parameters, or their shapes.
-
-  Returns:
-    Paths in the order of the tree, each once.
-
-  Raises:
-    UserError: a name matches no module.
-  """
-  paths = targetable(params)
-  chosen = set()
-  for target in split(targets):
-    names = GROUPS.get(target, (target,))
-    found = {path for path in paths if path.rsplit('/', 1)[-1] in names}
-    if not found:
-      try:
-        found = {path for path in paths if re.fullmatch(target, path)}
-      except (re.error, OverflowError, RecursionError):
-        found = set()
-    if not found:
-      modules = ', '.join(path.rsplit('/', 1)[-1] for path in paths)
-      raise UserError(
-        f'target {target!r} matches no module; targets are {", ".join(GROUPS)}; modules are '
-        f'{modules}; or a regular expression on a path such as {paths[0]}'
-      )
-    chosen |= found
-  return tuple(path for path in paths if path in chosen)
-
-
-def split(targets: str) -> tuple[str, ...]:
-  """The names in a comma-joined set of targets.
-
-  Raises:
-    UserError: the set is empty.
-  """
-  names = tuple(name.strip() for name in targets.split(',') if name.strip())
-  if not names:
-    raise UserError(f'empty set of targets {targets!r}; targets are {", ".join(GROUPS)}')
-  return names
-
-
-def canonical(targets: str) -> str:
-  """One spelling for a set of targets: no spaces or repeats, the article's names first."""
-  names = dict.fromkeys(split(targets))
-  return ','.join([*(n for n in GROUPS if n in names), *(n for n in names if n not in GROUPS)])
+# Leaves of a module; every other leaf of an adapter replaces one of the base.
+_OWN = ('a', 'b', 'm', 'a0', 'b0')
+_FROZEN = ('a0', 'b0')
 
 
 def init(
@@ -132,7 +81,9 @@ def init(
   flat = _flatten(params)
   adapters = {}
   for path in paths:
-    *lead, fan_in, fan_out = flat[f'{path}/kernel'].shape
+    shapes = {part: flat[f'{part}/kernel'].shape for part in targets.parts(path)}
+    *lead, fan_in, _ = next(iter(shapes.values()))
+    fan_out = sum(shape[-1] for shape in shapes.values())
     ranks = [rank] if isinstance(rank, int) else rank[path]
     largest = max(ranks)
     if largest > max(fan_in, fan_out):
@@ -147,7 +98,8 @@ def init(
       in_use_LR = np.arange(largest) < np.asarray(ranks)[:, None]
       a = a * in_use_LR[:, None]
     adapters[f'{path}/a'] = a
-    adapters[f'{path}/b'] = jnp.zeros((*lead, largest, fan_out), jnp.float32)
+    for part, shape in shapes.items():
+      adapters[f'{part}/b'] = jnp.zeros((*lead, largest, shape[-1]), jnp.float32)
   return unflatten_dict(adapters, sep='/')
 
 
@@ -158,11 +110,13 @@ def attach(
   dropout_key: jax.Array | None = None,
   dropout_rate: float = 0.0,
 ) -> dict:
-  """Puts adapters onto their kernels; nothing is computed and no base array is copied.
+  """Puts adapters onto their kernels; no base array is copied.
+
+  Nothing is computed either, but for the lengths that DoRA divides by.
 
   Args:
     params: the base.
-    adapters: from `init`, or trained.
+    adapters: from `init` or `lora_family.init`, or trained.
     scale: alpha / rank of every module, or for each path one for each layer.
     dropout_key: a key while training with dropout; None otherwise.
     dropout_rate: share of an adapter's input that is dropped, where there is a key.
@@ -170,18 +124,23 @@ def attach(
   Returns:
     The base's tree with a `LoraKernel` in place of each adapted kernel.
   """
-  flat = _flatten(params)
-  for path, a, b in _modules(adapters):
-    w = flat[f'{path}/kernel']
-    # Leading axes (layers) must be on every leaf, so that `scan` can take one off.
-    lead = a.shape[:-2]
-    module_key = None
+  flat = _flatten(params) | replaced(adapters)
+  for path, module in modules(adapters).items():
+    w, leaves = flat[f'{path}/kernel'], module.leaves
+    scales = scales_of(scale, module)
+    lead = scales.shape
+    if 'a0' in leaves:
+      began = jax.lax.stop_gradient((leaves['a0'], leaves['b0']))
+      w = LoraKernel(w, *began, -scales)
+    kernel = LoraKernel(w, leaves['a'], leaves['b'], scales)
+    if 'm' in leaves:
+      kernel = kernel.replace(gain=_gain(kernel, leaves['m']))
     if dropout_key is not None and dropout_rate > 0:
-      module_key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
-      if lead:
-        module_key = jax.random.split(module_key, lead)
-    scales = jnp.broadcast_to(jnp.asarray(_of(scale, path), jnp.float32), lead)
-    flat[f'{path}/kernel'] = LoraKernel(w, a, b, scales, module_key, dropout_rate)
+      # The parts of a fused module see one input, and so drop the same of it.
+      module_key = jax.random.fold_in(dropout_key, zlib.crc32(module.owner.encode()))
+      keys = jax.random.split(module_key, lead) if lead else module_key
+      kernel = kernel.replace(dropout_key=keys, dropout_rate=dropout_rate)
+    flat[f'{path}/kernel'] = kernel
   return unflatten_dict(flat, sep='/')
 
 
@@ -199,12 +158,16 @@ def merge(params: Params, adapters: Params, scale: Scale) -> dict:
   Returns:
     Plain parameters.
   """
-  flat = _flatten(params)
-  for path, a, b in _modules(adapters):
-    w = dense(flat[f'{path}/kernel'], jnp.float32)
-    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    scales = jnp.broadcast_to(jnp.asarray(_of(scale, path), jnp.float32), a.shape[:-2])
-    flat[f'{path}/kernel'] = w + scales[..., None, None] * update
+  attached = _flatten(attach(params, adapters, scale))
+  plain = lambda leaf: dense(leaf, jnp.float32) if isinstance(leaf, LoraKernel) else leaf
+  return unflatten_dict({path: plain(leaf) for path, leaf in attached.items()}, sep='/')
+
+
+def split_fused(adapters: Params) -> dict:
+  """The same function with an A for every module: what fused ones share, each gets whole."""
+  flat = replaced(adapters)
+  for path, module in modules(adapters).items():
+    flat |= {f'{path}/{name}': leaf for name, leaf in module.leaves.items()}
   return unflatten_dict(flat, sep='/')
 
 
@@ -222,12 +185,53 @@ def specs(param_specs: Params, adapters: Params) -> dict:
     The adapter's tree of `PartitionSpec`.
   """
   flat = _flatten(param_specs)
-  out = {}
-  for path, _, _ in _modules(adapters):
+  out = {path: flat[path] for path in replaced(adapters)}
+  for path, module in modules(adapters).items():
     *lead, in_axis, out_axis = flat[f'{path}/kernel']
-    out[f'{path}/a'] = PartitionSpec(*lead, in_axis, None)
-    out[f'{path}/b'] = PartitionSpec(*lead, None, out_axis)
+    of = {'a': (in_axis, None), 'b': (None, out_axis), 'm': (out_axis,)}
+    of |= {'a0': of['a'], 'b0': of['b']}
+    for name in module.leaves:
+      holder = module.owner if name in ('a', 'a0') else path
+      out[f'{holder}/{name}'] = PartitionSpec(*lead, *of[name])
   return unflatten_dict(out, sep='/')
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """What an adapter holds for one kernel.
+
+  Attributes:
+    owner: path of the module as it was targeted: the kernel's own, or a fused one's.
+    leaves: 'a' and 'b', and 'm', 'a0', 'b0' where there are such.
+  """
+
+  owner: str
+  leaves: Mapping[str, Any]
+
+
+def modules(adapters: Params) -> dict[str, Module]:
+  """Path of each adapted kernel's module -> what the adapter holds for it."""
+  flat = _flatten(adapters)
+  found = {}
+  for path in (path.removesuffix('/b') for path in flat if path.endswith('/b')):
+    owner = path if f'{path}/a' in flat else targets.fused(path)
+    held = {name: flat.get(f'{path}/{name}', flat.get(f'{owner}/{name}')) for name in _OWN}
+    found[path] = Module(str(owner), {name: x for name, x in held.items() if x is not None})
+  return found
+
+
+def replaced(adapters: Params) -> dict[str, Any]:
+  """Path -> leaf of all that takes the place of the base's own: norms and biases."""
+  return {path: leaf for path, leaf in _flatten(adapters).items() if not _is_own(path)}
+
+
+def scales_of(scale: Scale, module: Module) -> jax.Array:
+  """The factor on a module's low-rank product, with the leading axes of its leaves.
+
+  Layers must be on every leaf of a kernel, so that `scan` can take one off.
+  """
+  own = scale[module.owner] if isinstance(scale, Mapping) else scale
+  return jnp.broadcast_to(jnp.asarray(own, jnp.float32), module.leaves['a'].shape[:-2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +239,9 @@ class Summary:
   """What an adapter is made of.
 
   Attributes:
-    modules: paths of the adapted modules.
-    trainable_params: numbers in the adapter, over all layers.
-    adapter_bytes: its size in memory and on disk, without any file's header.
+    modules: paths of the adapted modules, and of norms and biases that train too.
+    trainable_params: numbers that train, over all layers.
+    adapter_bytes: its size without any file's header.
   """
 
   modules: tuple[str, ...]
@@ -245,32 +249,57 @@ class Summary:
   adapter_bytes: int
 
   def __str__(self) -> str:
-    names = ', '.join(path.rsplit('/', 1)[-1] for path in self.modules)
+    names = ', '.join(_name(path) for path in self.modules)
     return (
       f'{names}: {self.trainable_params:,} trainable parameters, '
       f'{self.adapter_bytes / 2**20:.2f} MiB'
     )
 
 
-def summarise(adapters: Params) -> Summary:
-  """Counts an adapter, or its shapes."""
-  leaves = jax.tree.leaves(adapters)
+def summarise(adapters: Params, ranks: Mapping[str, Sequence[int]] | None = None) -> Summary:
+  """Counts an adapter, or its shapes.
+
+  Args:
+    adapters: the adapter.
+    ranks: path -> rank of each layer, where some are less than R: zeros are not counted.
+  """
+  flat = _flatten(adapters)
+  owners = {path: module.owner for path, module in modules(adapters).items()}
+  owners |= {owner: owner for owner in owners.values()}
+
+  def numbers(path: str) -> int:
+    parent, name = path.rsplit('/', 1)
+    if ranks is None or not _is_own(path):
+      return flat[path].size
+    held = ranks[owners[parent]]
+    # By layer: what one column of A or row of B, or one magnitude vector, comes to.
+    many = np.count_nonzero(held) if name == 'm' else sum(held)
+    one = flat[path].shape[1] if name in ('a', 'a0') else flat[path].shape[-1]
+    return int(many) * one
+
   return Summary(
-    modules=tuple(path for path, _, _ in _modules(adapters)),
-    trainable_params=sum(leaf.size for leaf in leaves),
-    adapter_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    modules=(*dict.fromkeys(owners.values()), *replaced(adapters)),
+    trainable_params=sum(numbers(path) for path in flat if _name(path) not in _FROZEN),
+    adapter_bytes=sum(numbers(path) * leaf.dtype.itemsize for path, leaf in flat.items()),
   )
 
 
-def _of(scale: Scale, path: str) -> Any:
-  return scale[path] if isinstance(scale, Mapping) else scale
+def _gain(kernel: LoraKernel, m: jax.Array) -> jax.Array:
+  """Learned over actual length of each output's weights (Liu et al. 2024, equation 5).
+
+  The actual one counts as a constant in the gradient (section 4.3), as in PEFT.
+  """
+  actual = lengths(jax.lax.stop_gradient(kernel))
+  adapted = jnp.broadcast_to(jnp.any(m != 0, axis=-1, keepdims=True), m.shape)
+  return jnp.where(adapted, m / jnp.where(actual == 0, 1, actual), 1)
 
 
-def _modules(adapters: Params) -> list[tuple[str, Any, Any]]:
-  """(path, a, b) of each adapted module."""
-  flat = _flatten(adapters)
-  paths = [path.removesuffix('/a') for path in flat if path.endswith('/a')]
-  return [(path, flat[f'{path}/a'], flat[f'{path}/b']) for path in paths]
+def _name(path: str) -> str:
+  return path.rsplit('/', 1)[-1]
+
+
+def _is_own(path: str) -> bool:
+  return _name(path) in _OWN
 
 
 def _flatten(tree: Params) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The optimiser of adapters: clipped AdamW, B faster than A, warm-up and cosine."""
 
+import functools
+
 import jax
 import optax
 
@@ -22,7 +24,8 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
   """AdamW over an adapter tree, with the rate of every `b` leaf times `lr_ratio`.
 
-  LoRA+ (Hayou et al. 2024): B should learn faster than A. A gradient with a NaN or
+  LoRA+ (Hayou et al. 2024): B should learn faster than A. Weights decay in A and B
+  alone: zero is no rest for magnitudes, norms and biases. A gradient with a NaN or
   an infinity is left out and counted (`optax.apply_if_finite`).
 
   Args:
@@ -34,14 +37,15 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     that is going on.
   """
 
-  def is_b(tree):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'b', tree)
+  def named(*names):
+    named_so = lambda path, _: path[-1].key in names
+    return functools.partial(jax.tree_util.tree_map_with_path, named_so)
 
   chain = optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
-    optax.add_decayed_weights(config.weight_decay),
-    optax.masked(optax.scale(config.lr_ratio), is_b),
+    optax.add_decayed_weights(config.weight_decay, mask=named('a', 'b')),
+    optax.masked(optax.scale(config.lr_ratio), named('b')),
     optax.scale_by_learning_rate(schedule(config, steps)),
   )
   # The trainer stops long before so many: a bad gradient is never applied.

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import checkpoint, latency, lora, quantize
+from lora_jax import checkpoint, latency, lora, lora_family
 from lora_jax.data import builder
 from lora_jax.data.encode import budget, encode_prompt
 from lora_jax.data.pipeline import (
@@ -84,6 +84,7 @@ class Study:
     Raises:
       UserError: rows that cannot be used, before anything is trained.
     """
+    lora_family.check(self._settings.lora, grid.targets, self._params)
     for targets in grid.targets:
       print(f'{targets}: {self._summary(targets)}', file=sys.stderr)
     unfinished = {task.name: self._unfinished(task, grid) for task in grid.tasks}
@@ -105,9 +106,9 @@ class Study:
   def _summary(self, targets: str) -> lora.Summary:
     """What an adapter on `targets` holds, from its shapes alone."""
     paths = lora.resolve(targets, self._params)
-    rank = self._settings.lora.rank
-    fresh = lambda: lora.init(jax.random.key(0), self._params, paths, rank)
-    return lora.summarise(jax.eval_shape(fresh))
+    fresh = lambda: lora_family.init(jax.random.key(0), self._params, paths, self._settings.lora)
+    shapes = jax.eval_shape(fresh)
+    return lora.summarise(shapes, lora_family.plan(self._settings.lora, shapes).ranks)
 
   def _unfinished(self, task: Task, grid: Grid) -> list[Cell]:
     cells = [Cell(self._base.name, task.name, 'base', '', 0)]
@@ -150,9 +151,10 @@ class Study:
           self._run.write_cell(cell, {**record, 'status': 'diverged', 'why': str(error)})
           return
       checkpoint.save(self._run.cell_file(cell).with_suffix('.adapter'), outcome.adapters)
-      record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters))
-      record['train'] = outcome.record()
-      params = lora.attach(self._params, outcome.adapters, self._settings.lora.scale)
+      plan = lora_family.plan(self._settings.lora, outcome.adapters)
+      record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters, plan.ranks))
+      record['train'] = _training_record(outcome)
+      params = lora.attach(self._params, outcome.adapters, plan.scales())
     scores = score_task(
       self._model,
       params,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax import lora
+from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
 from lora_jax.data.pipeline import Batch
 from lora_jax.loss import completion_loss
@@ -98,7 +98,7 @@ def batch_loss(
   base: Params,
   adapters: Params,
   batch: Mapping[str, Any],
-  scale: float,
+  scale: lora.Scale,
   dropout_key: jax.Array | None = None,
   dropout_rate: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
@@ -123,10 +123,11 @@ def make_step(
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, base, batch):
     dropout_key = jax.random.fold_in(state.key, state.step)
+    scales = lora_family.plan(lora_config, state.adapters).scales()
 
     def mean_loss(adapters):
       total, count = batch_loss(
-        model, base, adapters, batch, lora_config.scale, dropout_key, lora_config.dropout
+        model, base, adapters, batch, scales, dropout_key, lora_config.dropout
       )
       return total / jnp.maximum(count, 1)
 
@@ -152,7 +153,8 @@ def make_evaluation(
 
   @jax.jit
   def one(base, adapters, batch):
-    return batch_loss(model, base, adapters, batch, lora_config.scale)
+    scales = lora_family.plan(lora_config, adapters).scales()
+    return batch_loss(model, base, adapters, batch, scales)
 
   def mean(base: Params, adapters: Params, batches: Sequence[Batch]) -> float:
     sums = [one(base, adapters, batch) for batch in batches]
@@ -191,8 +193,8 @@ def train(
     paths: the modules to adapt, from `lora.resolve`.
     batches: an endless stream.
     eval_batches: what to watch the loss on; may be empty.
-    config: length of the run, and which adapter it gives back.
-    lora_config: shape of the adapter.
+    config: length of the run.
+    lora_config: which of the LoRA family the adapter is.
     optim_config: hyperparameters.
     seed: of the initialisation and of dropout.
     log: receives {'step', 'loss', 'grad_norm'} of each step and {'step', 'eval_loss'}.
@@ -207,7 +209,7 @@ def train(
       no best adapter to give back.
   """
   tx = optimizer(optim_config, config.steps)
-  adapters = lora.init(jax.random.key(seed), base, paths, lora_config.rank)
+  adapters = lora_family.init(jax.random.key(seed), base, paths, lora_config)
   state = init_state(adapters, tx, seed)
   step = make_step(model, tx, lora_config)
   evaluate = make_evaluation(model, lora_config)

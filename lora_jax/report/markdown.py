@@ -1,6 +1,7 @@
 """The report that a person reads, as Markdown."""
 
 import dataclasses
+import json
 import re
 from pathlib import PurePath
 from typing import Any
@@ -64,7 +65,7 @@ def warnings(results: Results) -> list[str]:
 def preset_name(settings: dict[str, Any]) -> str | None:
   """The preset that these settings are, base and dtype aside; None: none of them."""
   for name, preset in PRESETS.items():
-    values = dataclasses.asdict(preset)
+    values = json.loads(json.dumps(dataclasses.asdict(preset)))
     values['base'] = settings['base']
     values['train']['dtype'] = settings['train']['dtype']
     if values == settings:
@@ -93,20 +94,30 @@ def _what_was_run(results: Results) -> str:
       if name != BASE
     }
   )
-  quantized = '' if train['quantize'] == 'none' else f', kernels stored as {train["quantize"]}'
-  dropout = f', dropout {lora["dropout"]:g}' if lora['dropout'] else ''
   return (
     f'Base {code(base_name(results))} ({results.base["weights"]}, sha256 '
     f'{code(results.base["sha256"][:12])}), compared with LoRA adapters of rank {lora["rank"]}, '
-    f'alpha {lora["alpha"]:g}{dropout}, one set of target modules a column. All train alike: '
-    f'{train["steps"]} steps of {train["tokens_per_batch"]:,} tokens (padding included), rows of '
-    f'at most {train["max_length"]:,} tokens, AdamW at a peak rate of {optim["learning_rate"]:g} '
-    f'for A and {optim["lr_ratio"]:g} times that for B, {train["dtype"]}{quantized}; '
-    f'{_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
+    f'alpha {lora["alpha"]:g}{_variant(lora)}, one set of target modules a column. '
+    f'All train alike: {train["steps"]} steps of {train["tokens_per_batch"]:,} tokens (padding '
+    f'included), rows of at most {train["max_length"]:,} tokens, AdamW at a peak rate of '
+    f'{optim["learning_rate"]:g} for A and {optim["lr_ratio"]:g} times that for B, '
+    f'{train["dtype"]}; {_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
     + (f'preset {code(preset)}.' if preset else 'settings of its own, no preset.')
     + f'\n\nRows used: {_source(results)}. How many, and how each task is posed: see "Rows and '
     'tasks".'
   )
+
+
+def _variant(lora: dict[str, Any]) -> str:
+  """What else the adapters are; fused ones are known by the names of their targets."""
+  kinds = [f'dropout {lora["dropout"]:g}'] if lora['dropout'] else []
+  kinds += [name for key, name in (('rslora', 'rsLoRA'), ('dora', 'DoRA')) if lora.get(key)]
+  kinds += ['PiSSA'] if lora.get('init') == 'pissa' else []
+  for key, what in (('rank_pattern', 'rank'), ('alpha_pattern', 'alpha')):
+    kinds += [f'{what} {value:g} for {code(pattern)}' for pattern, value in lora.get(key, ())]
+  kinds += [f'layers {lora["layers"]}'] if lora.get('layers') else []
+  kinds += [f'{code(pattern)} trained too' for pattern in lora.get('train_also', ())]
+  return ''.join(f', {kind}' for kind in kinds)
 
 
 def _source(results: Results) -> str:
