@@ -1,5 +1,6 @@
 """Adapters go to PEFT and come from it with the same logits; what cannot be read is named."""
 
+import dataclasses
 import json
 import warnings
 
@@ -35,11 +36,10 @@ def mixed(rank_stabilised=False):
   fresh = lora.init(jax.random.key(0), params, ranks, ranks)
   rng = np.random.default_rng(0)
   noise = lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)
-  for path, leaves in ours._paths(fresh).items():
-    b = noise(leaves['b'])
+  for path, module in lora.modules(fresh).items():
+    b = noise(module.leaves['b'])
     for layer, rank in enumerate(ranks[path]):
       b = b.at[layer, rank:].set(0)
-    leaves['b'] = b
     block, module = path.split('/')[1:]
     fresh['layers'][block][module]['b'] = b
   return ours.Adapter(fresh, ranks, alphas, rank_stabilised, base='someone/base')
@@ -60,7 +60,8 @@ def test_zero_beyond_a_layers_rank_stays_zero():
     attached = lora.attach(params, adapters, adapter.scales())
     return jnp.sum(jnp.sin(tiny_model.logits(tiny_model.MODEL, attached, tokens_BT)))
 
-  for path, leaves in ours._paths(gradient(adapter.params)).items():
+  for path, module in lora.modules(gradient(adapter.params)).items():
+    leaves = module.leaves
     for layer, rank in enumerate(adapter.ranks[path]):
       assert not leaves['a'][layer, :, rank:].any()
       assert not leaves['b'][layer, rank:].any()
@@ -223,9 +224,19 @@ def edit(directory, **changes):
     ({'init_lora_weights': 'pissa_niter_4'}, 'pissa_niter_4.*, which changed the base'),
     ({'init_lora_weights': 'OLoRA'}, 'olora.*, which changed the base'),
     ({'layer_replication': [[0, 2]]}, 'layer_replication'),
-    ({'use_dora': True}, 'use_dora is True'),
-    ({'bias': 'all'}, "bias is 'all'"),
-    ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
+    ({'use_dora': 'yes'}, "use_dora is 'yes'"),
+    ({'bias': 'some'}, "bias is 'some'"),
+    ({'modules_to_save': ['lm_head']}, "modules_to_save has 'lm_head', and only norms are read"),
+    ({'modules_to_save': ['embed_tokens']}, "'embed_tokens', and only norms"),
+    ({'target_modules': None}, 'target_modules names nothing'),
+    ({'target_modules': [3]}, r'target_modules is \[3\], not a list of names'),
+    ({'target_modules': '('}, r"target_modules '\(' is no pattern"),
+    ({'exclude_modules': '('}, r"exclude_modules '\(' is no pattern"),
+    ({'fan_in_fan_out': True}, 'fan_in_fan_out is True'),
+    ({'trainable_token_indices': [3]}, 'trainable_token_indices'),
+    ({'use_qalora': True}, 'use_qalora'),
+    ({'kasa_config': {'rho': 1}}, 'kasa_config'),
+    ({'a_key_of_tomorrow': 2}, 'a_key_of_tomorrow is 2, which is not supported'),
   ],
 )
 def test_a_configuration_that_is_not_read_is_named(saved, changes, says):
@@ -268,7 +279,13 @@ def test_an_adapter_for_another_base_is_named(saved):
   [
     'base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight',
     'base_model.model.model.embed_tokens.lora_embedding_A',
-    'base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector',
+    'base_model.model.model.layers.0.self_attn.q_proj.weight',
+    'base_model.model.model.layers.0.self_attn.q_proj.bias',
+    'base_model.model.model.embed_tokens.weight',
+    'base_model.model.lm_head.lora_A.weight',
+    'base_model.model.model.layers.0.lora_A.weight',
+    'base_model.model.model.norm.lora_A.weight',
+    'q_proj',
   ],
 )
 def test_a_tensor_that_has_no_place_is_named(saved, name):
@@ -296,6 +313,83 @@ def test_layers_of_different_dtypes_are_not_rounded(saved):
   a = ours.load(saved, tiny_model.params()).params['layers']['attn']['o_proj']['a']
   assert a.dtype == jnp.float32
   np.testing.assert_array_equal(a[1].T, tensors[first.replace('layers.0', 'layers.1')])
+
+
+O_PROJ = 'base_model.model.model.layers.0.self_attn.o_proj'
+
+
+@pytest.mark.parametrize(
+  ('settings', 'extra', 'says'),
+  [
+    # Asked for and not there; there and not asked for.
+    ({'target_modules': ['o_proj', 'k_proj']}, {}, r'has no tensors of model\..*makes it a target'),
+    ({'target_modules': ['down_proj']}, {}, r'has tensors of model.*o_proj, and .* does not'),
+    ({'target_modules': 'all-linear'}, {}, 'has no tensors of'),
+    (
+      {'exclude_modules': ['model.layers.0.self_attn.o_proj']},
+      {},
+      r'has tensors of model\.layers\.0',
+    ),
+    ({'use_dora': True}, {}, r'has no magnitudes of model\.layers\.0\..*, and .* sets use_dora'),
+    ({}, {f'{O_PROJ}.lora_magnitude_vector': (24,)}, 'does not set use_dora'),
+    ({}, {f'{O_PROJ}.lora_magnitude_vector': (23,)}, r'has \(23,\), and this base wants \(24,\)'),
+    ({}, {'base_model.model.model.norm.weight': (24,)}, 'does not have it in modules_to_save'),
+    (
+      {'modules_to_save': ['input_layernorm']},
+      {},
+      r'no weight of model\.layers\.0\.input_layernorm',
+    ),
+    ({}, {f'{O_PROJ}.lora_A.default.weight': (4, 48)}, 'is there twice'),
+  ],
+)
+def test_settings_and_tensors_that_disagree_are_named(saved, settings, extra, says):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  tensors |= {name: jnp.zeros(shape) for name, shape in extra.items()}
+  safetensors.flax.save_file(tensors, str(saved / ours.WEIGHTS))
+  edit(saved, **settings)
+  with pytest.raises(UserError, match=says) as error:
+    ours.load(saved, tiny_model.params())
+  assert '\n' not in str(error.value)
+
+
+def test_settings_that_compute_nothing_are_accepted(saved):
+  before = ours.load(saved, tiny_model.params())
+  edit(saved, peft_version='0.9', lora_dropout=0.3, revision='main', a_key_of_tomorrow=None)
+  after = ours.load(saved, tiny_model.params())
+  jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [
+    ('base_model.model.', ''),
+    ('base_model.model.model.', 'base_model.model.'),
+    ('base_model.model.model.', 'base_model.model.model.language_model.'),
+    ('base_model.model.', 'base_model.model._orig_mod.'),
+    ('.weight', '.default.weight'),
+  ],
+)
+def test_names_of_wrappers_are_read(saved, old, new):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  before = ours.load(saved, tiny_model.params())
+  renamed = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+  safetensors.flax.save_file(renamed, str(saved / ours.WEIGHTS))
+  after = ours.load(saved, tiny_model.params())
+  jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+def test_another_base_of_the_same_shape_is_said(tmp_path, capsys):
+  adapter = dataclasses.replace(mixed(), base_sha256='a' * 64, targets='o_proj,fc2')
+  ours.save(tmp_path, adapter)
+  back = ours.load(tmp_path, tiny_model.params(), base_sha256='a' * 64)
+  assert (back.base_sha256, back.targets) == ('a' * 64, 'o_proj,fc2')
+  ours.load(tmp_path, tiny_model.params())
+  assert capsys.readouterr().err == ''
+  ours.load(tmp_path, tiny_model.params(), base_sha256='b' * 64)
+  said = capsys.readouterr().err
+  assert len(said.splitlines()) == 1
+  assert 'aaaaaaaaaaaa' in said
+  assert 'bbbbbbbbbbbb' in said
 
 
 def test_an_adapter_on_no_layer_is_not_written(tmp_path):
