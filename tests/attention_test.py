@@ -20,14 +20,17 @@ def rising(batch, time):
   return jnp.broadcast_to(jnp.arange(time), (batch, time))
 
 
-def by_definition(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
+def by_definition(q_BTNH, k_BKSH, v_BKSH, mask_BTS, scale=HEAD_DIM**-0.5, cap=np.inf):
   """Softmax attention in float64, each query head against its own key head."""
   out = np.zeros(q_BTNH.shape)
   for b in range(q_BTNH.shape[0]):
     for n in range(HEADS):
       q, kv_head = np.asarray(q_BTNH, np.float64)[b, :, n], n // (HEADS // KV_HEADS)
       k, v = (np.asarray(x, np.float64)[b, kv_head] for x in (k_BKSH, v_BKSH))
-      scores = np.where(mask_BTS[b], q @ k.T / HEAD_DIM**0.5, -np.inf)
+      scores = scale * q @ k.T
+      if cap < np.inf:
+        scores = cap * np.tanh(scores / cap)
+      scores = np.where(mask_BTS[b], scores, -np.inf)
       weights = np.exp(scores - scores.max(-1, keepdims=True))
       out[b, :, n] = weights / weights.sum(-1, keepdims=True) @ v
   return out
@@ -96,25 +99,62 @@ def test_mask_is_causal_and_keeps_segments_apart():
   np.testing.assert_array_equal(mask, expected)
 
 
+def test_scale_and_cap_follow_the_definition():
+  (q, _, _), (_, k, v) = draw(2, 5), draw(2, 11)
+  mask = random_mask(2, 5, 11)
+  plain = attend(q, [(k, v, mask)])
+  for settings in ({'scale': 0.9}, {'cap': 0.4}, {'scale': 0.9, 'cap': 0.4}):
+    out = attend(q, [(k, v, mask)], **settings)
+    np.testing.assert_allclose(out, by_definition(q, k, v, mask, **settings), atol=1e-5)
+    assert np.abs(out - plain).max() > 0.1
+
+
+def test_a_window_holds_the_latest_tokens_and_the_query_itself():
+  positions = jnp.asarray([[0, 1, 2, 3, 0, 1]])
+  segments = jnp.asarray([[1, 1, 1, 1, 2, 2]])
+  mask = causal_mask(positions, positions, segments, segments, window=jnp.asarray(2))[0]
+  expected = [
+    [1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0],
+    [0, 1, 1, 0, 0, 0],
+    [0, 0, 1, 1, 0, 0],
+    [0, 0, 0, 0, 1, 0],
+    [0, 0, 0, 0, 1, 1],
+  ]
+  np.testing.assert_array_equal(mask, expected)
+
+
 # 300 is three blocks, the last of them short; segments end inside of blocks.
 @pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize('packed', [False, True])
-def test_blocks_equal_one_block_in_value_and_gradient(packed):
+@pytest.mark.parametrize(
+  ('window', 'score'),
+  [
+    (None, {}),
+    (40, {}),
+    (1, {}),
+    (None, {'cap': 0.7}),
+    (None, {'scale': 0.8}),
+    (150, {'cap': 1.5, 'scale': 0.6}),
+  ],
+)
+def test_blocks_equal_one_block_in_value_and_gradient(packed, window, score):
   time = 300
   q, k, v = draw(2, time)
   ends = jnp.asarray([[130, 200, 300], [7, 256, 300]]) if packed else jnp.full((2, 1), time)
   segments = (jnp.arange(time)[None, :, None] >= ends[:, None, :]).sum(-1)
   starts = jnp.concatenate([jnp.zeros((2, 1), ends.dtype), ends], axis=1)
   positions = jnp.arange(time)[None] - jnp.take_along_axis(starts, segments, axis=1)
-  mask = causal_mask(positions, positions, segments, segments)
+  window = None if window is None else jnp.asarray(window)
+  mask = causal_mask(positions, positions, segments, segments, window)
   weights = draw(2, time, seed=1)[0]
 
   def in_blocks(q, k, v):
-    out = self_attend(q, k, v, positions, segments if packed else None)
+    out = self_attend(q, k, v, positions, segments if packed else None, window, **score)
     return jnp.vdot(weights, out), out
 
   def at_once(q, k, v):
-    out = attend(q, [(k, v, mask)])
+    out = attend(q, [(k, v, mask)], **score)
     return jnp.vdot(weights, out), out
 
   work = lambda f: jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(q, k, v)
@@ -128,19 +168,24 @@ def test_blocks_equal_one_block_in_value_and_gradient(packed):
 # of them multiply bfloat16 into float32 on every backend.
 @pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize('time', [5, 128, 300])
-@pytest.mark.parametrize(('heads', 'kv_heads'), [(6, 2), (3, 3), (4, 1), (1, 1)])
-def test_bfloat16_gradients_follow_float32_ones(heads, kv_heads, time):
+@pytest.mark.parametrize(
+  ('heads', 'kv_heads', 'window', 'cap'),
+  [(6, 2, None, 0), (3, 3, None, 0), (4, 1, None, 0), (1, 1, None, 0), (6, 2, 60, 2.0)],
+)
+def test_bfloat16_gradients_follow_float32_ones(heads, kv_heads, time, window, cap):
   rng = np.random.default_rng(time)
   shapes = [(2, time, heads, 16), (2, kv_heads, time, 16), (2, kv_heads, time, 16)]
   rounded = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
   weights = rng.standard_normal(shapes[0]).astype(np.float32)
-  mask = causal_mask(rising(2, time), rising(2, time))
+  window = None if window is None else jnp.asarray(window)
+  mask = causal_mask(rising(2, time), rising(2, time), window=window)
 
   def in_blocks(q, k, v):
-    return jnp.vdot(weights, self_attend(q, k, v, rising(2, time)).astype(jnp.float32))
+    out = self_attend(q, k, v, rising(2, time), None, window, cap=cap)
+    return jnp.vdot(weights, out.astype(jnp.float32))
 
   def at_once(q, k, v):
-    return jnp.vdot(weights, attend(q, [(k, v, mask)]))
+    return jnp.vdot(weights, attend(q, [(k, v, mask)], cap=cap))
 
   ours = jax.jit(jax.grad(in_blocks, (0, 1, 2)))(*rounded)
   exact = jax.jit(jax.grad(at_once, (0, 1, 2)))(*(x.astype(jnp.float32) for x in rounded))

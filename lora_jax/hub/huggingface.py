@@ -235,13 +235,16 @@ def _files(directory: Path) -> dict[str, SafetensorsFile]:
   index = directory / INDEX
   if not index.is_file():
     pickles = [path.name for path in directory.glob('*') if path.suffix in _PICKLES]
-    also = f'; {min(pickles)} is a pickle, which is never read: save it as safetensors'
-    raise UserError(f'no {directory / WEIGHTS} and no {INDEX}{also if pickles else ""}')
+    remedy = 'copy the whole checkpoint'
+    if pickles:
+      remedy = f'{min(pickles)} is a pickle, which is never read: save it as safetensors'
+    raise UserError(f'no {directory / WEIGHTS} and no {INDEX}; {remedy}')
   try:
     where = json.loads(index.read_text(encoding='utf-8'))['weight_map']
     shards = sorted({*where.values()})
-    if any(Path(shard).name != shard for shard in shards):
-      raise ValueError(f'{shards[0]} is not beside it')
+    away = [shard for shard in shards if Path(shard).name != shard]
+    if away:
+      raise ValueError(f'{away[0]!r} is not beside it')
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{index}: not the index of a checkpoint ({error}); copy it again') from error
   for shard in shards:
