@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.llama_checkpoint import write_llama_checkpoint
 from launch import local
 from lora_jax.config import ModelConfig
 from lora_jax.errors import UserError
+from lora_jax.hub import huggingface
 
 # The label that transformers' loss leaves out.
 IGNORED = -100
@@ -111,7 +111,7 @@ def run(
   interpreter = python()
   with tempfile.TemporaryDirectory() as folder:
     work = Path(folder)
-    write_llama_checkpoint(config, params, work / 'base')
+    huggingface.save(work / 'base', config, params, dtype='float32')
     arrays: dict[str, Any] = {}
     for i, batch in enumerate(batches):
       arrays |= {

@@ -12,9 +12,9 @@ import safetensors.flax
 import tiny_model
 from flax.traverse_util import flatten_dict
 
-from benchmarks.llama_checkpoint import write_llama_checkpoint
 from lora_jax import lora
 from lora_jax.errors import UserError
+from lora_jax.hub import huggingface
 from lora_jax.hub import peft as ours
 
 LAYERS = tiny_model.CONFIG.num_layers
@@ -23,7 +23,7 @@ LAYERS = tiny_model.CONFIG.num_layers
 @pytest.fixture(scope='module')
 def base_directory(tmp_path_factory):
   directory = tmp_path_factory.mktemp('base')
-  write_llama_checkpoint(tiny_model.CONFIG, tiny_model.params(), directory)
+  huggingface.save(directory, tiny_model.CONFIG, tiny_model.params())
   return directory
 
 

@@ -10,12 +10,11 @@ import pytest
 import tiny_model
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.llama_checkpoint import write_llama_checkpoint
 from lora_jax import lora
 from lora_jax.data import tasks
 from lora_jax.data.encode import encode_prompt
 from lora_jax.generate import generate
-from lora_jax.hub import bases
+from lora_jax.hub import bases, huggingface
 from lora_jax.transformer import Transformer
 
 torch = pytest.importorskip('torch', reason='the references install on Python 3.11')
@@ -26,7 +25,7 @@ SMOLLM2 = 'smollm2-135m-instruct'
 
 
 def peer_of(config, params, directory):
-  write_llama_checkpoint(config, params, directory)
+  huggingface.save(directory, config, params, dtype='float32')
   return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype='float32').eval()
 
 
