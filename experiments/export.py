@@ -25,24 +25,22 @@ def main() -> None:
   if not _ADAPTER.value or not _OUT.value:
     raise UserError('give --adapter=RUN/cells/CELL.adapter and --out=DIRECTORY')
   # They take seconds to import, and a mistake above should not.
-  from lora_jax import checkpoint, lora, records
-  from lora_jax.hub import peft
+  from lora_jax import lora, records
+  from lora_jax.hub import adapters, bases, peft
 
   _launcher.imported()
   directory, out = Path(_ADAPTER.value).expanduser(), Path(_OUT.value).expanduser()
-  record_file = directory.with_suffix('.json')
-  if directory.suffix != '.adapter' or not directory.is_dir():
-    raise UserError(f'no adapter in {directory}; give the .adapter directory of a finished cell')
-  if not record_file.is_file():
-    raise UserError(f'no {record_file}; the cell did not finish, run the ablation again')
-  record = records.read_record(record_file)
-  settings = record['settings']['lora']
-  hub_id = record['base'].get('hub_id', '')
-  tree = checkpoint.load(directory)
-  adapter = peft.uniform(tree, settings['rank'], settings['alpha'], base=hub_id)
-  peft.save(out, adapter, bake_scale=_BAKE_SCALE.value)
-  print(f'{lora.summarise(tree)}, rank {settings["rank"]}, alpha {settings["alpha"]:g}')
-  print(f'base {hub_id or record["base"]["name"]}: trained on {record["base"]["weights"]}')
+  adapters.check(directory)
+  records.check_new(out)
+  if adapters.is_cell(directory):
+    adapter = adapters.of_cell(directory)
+  else:
+    bases.check_name(_flags.given('base'))
+    adapter = adapters.load(directory, _flags.load_base(_flags.given('base')))
+  with records.new_directory(out) as temporary:
+    peft.save(temporary, adapter, _BAKE_SCALE.value)
+  print(lora.summarise(adapter.params, adapter.ranks))
+  print(f'base {adapter.base or "without a name on the hub"}')
   if _BAKE_SCALE.value:
     print('the scale is multiplied into B, and alpha is the rank')
   print(f'adapter: {out}')

@@ -29,12 +29,12 @@ def main() -> None:
   if not _ADAPTER.value or not _OUT.value:
     raise UserError('give --adapter=DIRECTORY and --out=DIRECTORY')
   # They take seconds to import, and a mistake above should not.
-  from lora_jax import merging
+  from lora_jax import merging, records
   from lora_jax.hub import adapters, bases
 
   _launcher.imported()
   out = Path(_OUT.value).expanduser()
-  merging.check_out(out)
+  records.check_new(out)
   name = _flags.given('base')
   bases.check_name(name)
   directory = Path(_ADAPTER.value).expanduser()

@@ -57,14 +57,14 @@ def main() -> None:
     raise UserError(f'--seed={_SEED.value}: give a whole number from 0 to 4294967295')
   check_trackers(_TRACK.value)
   # They take seconds to import, and a mistake above should not.
-  from lora_jax import finetune
+  from lora_jax import finetune, records
   from lora_jax.data import messages
   from lora_jax.hub import bases
   from lora_jax.train import DivergedError
 
   _launcher.imported()
   out = Path(_OUT.value).expanduser()
-  finetune.check_out(out)
+  records.check_new(out / finetune.ADAPTER)
   settings = _flags.changed(_SETTINGS)
   settings = dataclasses.replace(settings, lora=_lora_flags.lora_config(settings.lora))
   _flags.check_targets([_TARGETS.value])

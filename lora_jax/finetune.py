@@ -10,8 +10,6 @@
 """
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,14 @@ from lora_jax.data.pipeline import (
 from lora_jax.errors import UserError
 from lora_jax.hub import peft
 from lora_jax.hub.bases import Base
-from lora_jax.records import FORMAT, RunDirectory, versions, write_json
+from lora_jax.records import (
+  FORMAT,
+  RunDirectory,
+  check_new,
+  new_directory,
+  versions,
+  write_json,
+)
 from lora_jax.tracking import open_trackers
 from lora_jax.train import DivergedError, Outcome, train
 from lora_jax.transformer import Transformer
@@ -116,12 +121,6 @@ def prepare(
   return Rows(learned.rows, watched.rows, shape, steps, learned.notes(length))
 
 
-def check_out(out: Path) -> None:
-  """Raises `UserError` where an adapter is already."""
-  if (out / ADAPTER).exists():
-    raise UserError(f'{out / ADAPTER} is there already; give another --out or delete it')
-
-
 def run(
   job: Job,
   base: Base,
@@ -151,9 +150,10 @@ def run(
     DivergedError: as `train`; `run.json` says so too.
     UserError: the directory cannot be written to, is in use, or has an adapter.
   """
-  check_out(out)
-  directory = RunDirectory(out)
-  directory.lock()
+  lora_family.check(job.lora, [job.targets], params)
+  check_new(out / ADAPTER)
+  held = RunDirectory(out)
+  held.lock()
   job = dataclasses.replace(job, train=dataclasses.replace(job.train, steps=rows.steps))
   record: dict[str, Any] = {
     'format': FORMAT,
@@ -192,27 +192,10 @@ def run(
     adapter = peft.uniform(
       outcome.adapters, job.lora.rank, job.lora.alpha, base.record.get('hub_id', '')
     )
-    save_adapter(out / ADAPTER, adapter)
-    record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters))
+    with new_directory(out / ADAPTER) as directory:
+      peft.save(directory, adapter)
+    record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters, adapter.ranks))
   write_json(
     out / 'run.json', {**record, 'status': outcome.stopped, 'train': outcome.record()}
   )
   return outcome
-
-
-def save_adapter(directory: Path, adapter: peft.Adapter, bake_scale: bool = False) -> None:
-  """Writes an adapter in PEFT's format; the directory, a new one, appears whole or not at all.
-
-  Raises:
-    UserError: it is there already, or cannot be written.
-  """
-  if directory.exists():
-    raise UserError(f'{directory} is there already; give another --out or delete it')
-  temporary = directory.with_name(f'.{directory.name}.{os.getpid()}')
-  try:
-    peft.save(temporary, adapter, bake_scale)
-    temporary.rename(directory)
-  except OSError as error:
-    raise UserError(f'cannot write {directory}: {error.strerror}; give another --out') from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)

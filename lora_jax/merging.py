@@ -9,8 +9,6 @@ sum is taken in float32 and rounded once, and what that costs is measured.
 """
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import lora
-from lora_jax.errors import UserError
 from lora_jax.evaluate import pad_prompts
-from lora_jax.hub import adapters, huggingface, peft, tokenizer_save
-from lora_jax.hub.bases import Base
+from lora_jax.hub import adapters, huggingface, peft, snapshot, tokenizer_save
+from lora_jax.hub.bases import NAMES, Base
+from lora_jax.records import new_directory
 from lora_jax.transformer import Transformer
 
 DTYPES = ('bfloat16', 'float16', 'float32')
@@ -107,12 +105,6 @@ def checkpoint_of(name: str) -> Path | None:
   return path if path.is_dir() else None
 
 
-def check_out(out: Path) -> None:
-  """Raises `UserError` where something is already."""
-  if out.exists():
-    raise UserError(f'{out} is there already; give another --out or delete it')
-
-
 def save(
   out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Path | None
 ) -> None:
@@ -130,17 +122,10 @@ def save(
     UserError: it is there already, cannot be written, or its format has no word for the
       base.
   """
-  check_out(out)
-  temporary = out.with_name(f'.{out.name}.{os.getpid()}')
-  try:
+  with new_directory(out) as directory:
     if like is None:
-      tokenizer_save.save(temporary, base.tokenizer, base.config.max_length)
-    huggingface.save(temporary, base.config, params, like, dtype)
-    temporary.rename(out)
-  except OSError as error:
-    raise UserError(f'cannot write {out}: {error.strerror}; give another --out') from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+      tokenizer_save.save(directory, base.tokenizer, base.config.max_length)
+    huggingface.save(directory, base.config, params, like, dtype)
 
 
 def _float32(params: Mapping[str, Any]) -> dict[str, Any]:

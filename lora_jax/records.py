@@ -17,9 +17,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import urllib.parse
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,6 +100,31 @@ def write_bytes(path: Path, content: bytes) -> None:
     # Where the place itself is at fault, this fails as the write did.
     with contextlib.suppress(OSError):
       temporary.unlink()
+
+
+def check_new(path: Path) -> None:
+  """Raises `UserError` where something is already."""
+  if path.exists():
+    raise UserError(f'{path} is there already; give another --out or delete it')
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+  """A directory to fill, which is `path` whole after the block, or never.
+
+  Raises:
+    UserError: `path` is there already, or cannot be written.
+  """
+  check_new(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.rename(path)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error.strerror}; give another --out') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:

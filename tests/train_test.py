@@ -51,13 +51,22 @@ def toy_batches(seed=0):
 
 
 def run(
-  seed=0, targets='all', base=None, log=lambda entry: None, model=MODEL, optim=OPTIM, **changes
+  seed=0,
+  targets='all',
+  base=None,
+  log=lambda entry: None,
+  model=MODEL,
+  optim=OPTIM,
+  stop=lambda: False,
+  **changes,
 ):
   base = tiny_model.params() if base is None else base
   paths = lora.resolve(targets, base)
   config = dataclasses.replace(STEPS, **changes)
   watched = list(itertools.islice(toy_batches(99), 2))
-  return train(model, base, paths, toy_batches(), watched, config, LORA, optim, seed, log)
+  return train(
+    model, base, paths, toy_batches(), watched, config, LORA, optim, seed, log, stop=stop
+  )
 
 
 @functools.cache
@@ -204,3 +213,80 @@ def test_a_rate_too_high_is_given_up():
   # The first step was still sound.
   assert np.isfinite(entries[0]['loss'])
   assert len(entries) < 30
+
+
+def scripted(monkeypatch, losses):
+  """Evaluations that give these losses, whatever was learned."""
+  given = iter(losses)
+  monkeypatch.setattr(
+    'lora_jax.train.make_evaluation', lambda model, config: lambda *arguments: next(given)
+  )
+
+
+def trained(**changes):
+  return run(targets='o_proj', steps=8, eval_every=2, **changes)
+
+
+def same(one, other):
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_the_best_is_what_its_step_had(monkeypatch):
+  scripted(monkeypatch, [9.0, 3.0, 1.0, 2.0, 1.5])
+  outcome = trained(keep_best=True)
+  assert (outcome.kept_step, outcome.stopped) == (4, 'finished')
+  assert outcome.eval_losses == [(0, 9.0), (2, 3.0), (4, 1.0), (6, 2.0), (8, 1.5)]
+  # The schedule spans 8 steps; an end after the fourth leaves what the best was.
+  scripted(monkeypatch, [9.0] * 5)
+  steps = iter(range(9))
+  after_four = trained(stop=lambda: next(steps) == 4)
+  assert (after_four.kept_step, after_four.stopped) == (4, 'interrupted')
+  assert same(outcome.adapters, after_four.adapters)
+  assert len(outcome.losses) == 8
+
+
+def test_without_asking_the_last_is_given(monkeypatch):
+  scripted(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+  last = trained()
+  assert (last.kept_step, last.stopped) == (8, 'finished')
+  assert [step for step, _ in last.eval_losses] == [2, 4, 6, 8]
+  scripted(monkeypatch, [4.0, 3.0, 2.0, 1.0])
+  assert same(trained().adapters, last.adapters)
+
+
+@pytest.mark.parametrize(
+  ('patience', 'steps', 'stopped'), [(1, 6, 'patience'), (2, 8, 'finished'), (0, 8, 'finished')]
+)
+def test_patience_counts_evaluations_without_a_lower_loss(monkeypatch, patience, steps, stopped):
+  scripted(monkeypatch, [9.0, 3.0, 2.0, 2.0, 2.5])
+  outcome = trained(keep_best=True, patience=patience)
+  assert (len(outcome.losses), outcome.stopped) == (steps, stopped)
+  assert outcome.kept_step == 4
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(monkeypatch):
+  nan = float('nan')
+  scripted(monkeypatch, [9.0, nan, 5.0, nan, nan])
+  assert trained(keep_best=True).kept_step == 4
+  scripted(monkeypatch, [9.0, nan, nan, nan, nan])
+  assert trained(keep_best=True).kept_step == 8
+
+
+def test_a_run_stopped_before_its_first_step_keeps_nothing():
+  outcome = trained(stop=lambda: True)
+  assert (outcome.kept_step, outcome.stopped, outcome.losses) == (0, 'interrupted', [])
+  assert outcome.record()['stopped'] == 'interrupted'
+
+
+def test_what_diverges_after_its_best_gives_the_best(monkeypatch):
+  batch = next(toy_batches())
+  bad = batch | {'tokens': np.full_like(batch['tokens'], CONFIG.vocab_size)}
+  sound = itertools.islice(toy_batches(), 2)
+  scripted(monkeypatch, [9.0, 3.0, 4.0, 5.0])
+  base = tiny_model.params()
+  config = dataclasses.replace(STEPS, steps=9, eval_every=2, keep_best=True)
+  paths = lora.resolve('o_proj', base)
+  stream = itertools.chain(sound, itertools.repeat(bad))
+  outcome = train(MODEL, base, paths, stream, [batch], config, LORA, OPTIM, seed=0)
+  assert (outcome.kept_step, outcome.stopped) == (2, 'diverged')
