@@ -57,8 +57,10 @@ setuptools.setup(
   install_requires=RUN,
   extras_require={
     # `nodejs` lets pyright run where there is no node.
-    'test': ['pre-commit', 'pyright[nodejs]', 'pytest', 'ruff', *REFERENCES],
+    'test': ['pre-commit', 'pyright[nodejs]', 'pytest', 'ruff', 'tensorboardX', *REFERENCES],
     'hub': ['datasets', 'huggingface_hub'],
+    # Metrics beyond JSON lines.
+    'track': ['tensorboardX', 'wandb'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
   },
