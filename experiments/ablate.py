@@ -92,9 +92,8 @@ def settings_from_flags() -> Settings:
   if settings.train.max_length < 64:
     raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
   changes = {'dtype': _dtype(_DTYPE.value)}
-  for field in ('remat', 'quantize'):
-    if flags.FLAGS[field].value is not None:
-      changes[field] = flags.FLAGS[field].value
+  given = {field: flags.FLAGS[field].value for field in ('remat', 'quantize')}
+  changes |= {field: value for field, value in given.items() if value is not None}
   return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 
 
