@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.kernels import LoraKernel, dot
+from lora_jax.kernels import LoraKernel, dense, dot
 
 IN, OUT, RANK = 12, 20, 3
 
@@ -106,3 +106,42 @@ class TestDropout:
     out = np.asarray(dot(x, kernel))
     assert (out == 0).mean() == pytest.approx(rate, abs=0.01)
     np.testing.assert_allclose(out[out != 0], 1 / (1 - rate), rtol=1e-6)
+
+
+class TestGain:
+  def test_multiplies_the_sum(self):
+    x, gain = draw(3, IN), draw(OUT)
+    kernel = lora_kernel()
+    np.testing.assert_allclose(
+      dot(x, kernel.replace(gain=gain)), dot(x, kernel) * jnp.stack([gain] * 3), atol=1e-4
+    )
+
+  def test_of_one_changes_no_bit(self):
+    x, kernel = draw(3, IN), lora_kernel()
+    fresh = kernel.replace(b=jnp.zeros_like(kernel.b), gain=jnp.ones(OUT))
+    assert np.asarray(dot(x, fresh)).tobytes() == np.asarray(dot(x, kernel.w)).tobytes()
+
+  def test_near_one_is_not_lost_in_bfloat16(self):
+    x = 100 * jnp.ones((3, IN), jnp.bfloat16)
+    kernel = lora_kernel(w=jnp.ones((IN, OUT), jnp.bfloat16))
+    fresh = kernel.replace(b=jnp.zeros_like(kernel.b), gain=jnp.full(OUT, 1.004))
+    # 1.004 is 1 in bfloat16, and 1204.8 is not 1200.
+    assert float(dot(x, fresh, jnp.float32)[0, 0]) == pytest.approx(1204.8, rel=1e-5)
+
+  def test_dropout_reaches_what_the_gain_adds_to_the_base_and_not_the_base(self):
+    x, gain, rate = draw(4, IN), draw(OUT), 0.4
+    kernel = lora_kernel(dropout_key=jax.random.key(1), dropout_rate=rate, gain=gain)
+    keep = jax.random.bernoulli(jax.random.key(1), 1 - rate, x.shape)
+    seen = jnp.where(keep, x / (1 - rate), 0)
+    gains = jnp.stack([gain] * 4)
+    # PEFT 0.21, DoraLinearLayer.forward on an input that was dropped out.
+    expected = x @ kernel.w + (gains - 1) * (seen @ kernel.w)
+    expected += gains * (0.5 * seen @ kernel.a @ kernel.b)
+    np.testing.assert_allclose(dot(x, kernel), expected, atol=1e-4)
+
+
+def test_dense_is_what_dot_multiplies_by():
+  x = draw(3, IN)
+  inner = lora_kernel(seed=1)
+  kernel = lora_kernel(seed=2, w=inner).replace(gain=draw(OUT))
+  np.testing.assert_allclose(x @ dense(kernel, jnp.float32), dot(x, kernel), atol=1e-4)
