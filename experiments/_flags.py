@@ -49,13 +49,14 @@ _LEAST_LENGTH = 64
 
 def define_base(default: str | None = None, arithmetic: bool = True) -> None:
   """--base and --cache; with `arithmetic`, --dtype and --quantize."""
-  flags.DEFINE_string('base', default, "A base's name, or a .gguf file.")
+  flags.DEFINE_string(
+    'base', default, 'A name, a .gguf file, the directory of a model, or its owner/name on the hub.'
+  )
   flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
   if not arithmetic:
     return
-  flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
-  )
+  flags.DEFINE_enum('dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.')
+  flags.DEFINE_enum('quantize', None, QUANTIZE, "How the kernels of the base's blocks are stored.")
 
 
 def define_changes(*names: str, of: Settings | None = None) -> None:

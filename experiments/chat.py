@@ -8,6 +8,7 @@
 Ctrl-D leaves; Ctrl-C stops an answer. Answers go to standard output, all else to stderr.
 """
 
+import io
 import math
 import sys
 from pathlib import Path
@@ -67,8 +68,10 @@ def main() -> None:
   talk = chat.Chat(answerer, _SYSTEM.value)
   note = lambda line: print(f'({line})', file=sys.stderr, flush=True)
   write = lambda text: print(text, end='', flush=True)
-  sys.stdin.reconfigure(encoding='utf-8', errors='replace')
-  sys.stdout.reconfigure(errors='replace')
+  for stream in (sys.stdin, sys.stdout):
+    # A test may have put something else in their place.
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='replace')
   if _PROMPT.value is not None:
     *_, voice = voices.values()
     terminal_chat.answer(talk, _PROMPT.value, voice, write, note)

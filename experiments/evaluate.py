@@ -56,7 +56,8 @@ def main() -> None:
     task = own_task.make(data, _METRIC.value, _CHOICES.value)
   base = _flags.load_base(settings.base)
   length = min(settings.train.max_length, base.config.max_length)
-  new = min(settings.eval.max_new_tokens, length // 2)
+  generates = task is not None and task.choices is None
+  new = min(settings.eval.max_new_tokens, length // 2) if generates else 1
   rows = file_scores.encode_rows(data, base.tokenizer, length, new, _LAST_ONLY.value)
   if not rows.conversations:
     raise UserError(f'{_DATA.value}: no row fits in {length} tokens; raise --max_length')

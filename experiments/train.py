@@ -1,7 +1,7 @@
-"""Trains a LoRA adapter on your own JSON lines.
+r"""Trains a LoRA adapter on your own JSON lines.
 
   python -m experiments.train --data=my.jsonl --out=mine
-  python -m experiments.train --data=my.jsonl --base=model.gguf --targets=qkv,o_proj --rank=8 \\
+  python -m experiments.train --data=my.jsonl --base=model.gguf --targets=qkv,o_proj --rank=8 \
     --epochs=2 --eval_every=10 --patience=3 --track=tensorboard --out=mine
 
 A line is {"messages": [{"role", "content"}, ...]} or {"prompt": ..., "completion": ...};
@@ -91,6 +91,8 @@ def main() -> None:
     f'{rows.shape.rows} x {rows.shape.length} tokens',
     file=sys.stderr,
   )
+  if settings.train.patience and not rows.watched:
+    print('no rows watch the loss, so --patience changes nothing', file=sys.stderr)
   model, params = _flags.put_on_device(base, settings.train.remat)
   with _launcher.stop_on_interrupt('stopping after this step') as stop:
     try:

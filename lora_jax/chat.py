@@ -124,9 +124,7 @@ class Chat:
   def reset(self) -> None:
     """Forgets all turns but the system's."""
     system = self._system
-    self.messages: Messages = (
-      () if system is None else ({'role': 'system', 'content': system},)
-    )
+    self.messages: Messages = () if system is None else ({'role': 'system', 'content': system},)
 
   def ask(self, text: str, voice: Voice) -> Generator[str]:
     """Adds a turn of the user and streams the answer, which becomes a turn as far as it got.
@@ -202,6 +200,7 @@ def _prefill(
   draw: Draw,
 ) -> tuple[jax.Array, KeyValues]:
   """The token after a prompt padded on the right, and the prompt's keys and values."""
+  prompt_kv: Any
   hidden_1TD, prompt_kv = model.apply({'params': params}, tokens_1T)
   last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD[0], length - 1)
   return choose(logits(model, last_1D, head)[0], jnp.int32(0), draw), prompt_kv
@@ -224,6 +223,7 @@ def _decode(
   prompt_1T = jnp.where(slots_T < length, slots_T, NOWHERE)[None]
   own_S = jnp.arange(own_kv.k_LBKSH.shape[3])
   own_1S = jnp.where(own_S < step, length + own_S, NOWHERE)[None]
+  new_kv: Any
   hidden_11D, new_kv = model.apply(
     {'params': params},
     token[None, None],

@@ -236,7 +236,6 @@ class TrainConfig:
   quantize: str = 'none'
 
 
-
 @dataclasses.dataclass(frozen=True)
 class FileConfig:
   """How a user's own file of conversations is trained on.

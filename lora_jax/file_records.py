@@ -1,7 +1,7 @@
 """What scoring a user's file leaves on disk: predictions row by row, and the scores.
 
-    OUT/predictions.jsonl   id, answer, and of base and adapter: loss, prediction, scores
-    OUT/scores.json         means, standard errors, what was scored and with what
+OUT/predictions.jsonl   id, answer, and of base and adapter: loss, prediction, scores
+OUT/scores.json         means, standard errors, what was scored and with what
 """
 
 import dataclasses

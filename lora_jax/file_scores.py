@@ -96,9 +96,7 @@ def encode_rows(
   kept, encoded, prompts = [], [], []
   for conversation in conversations:
     rows = messages.encode([conversation], tokenizer, max_length, last_only).rows
-    asked = messages.fit_prompt(
-      conversation.messages[:-1], tokenizer, max_length - max_new_tokens
-    )
+    asked = messages.fit_prompt(conversation.messages[:-1], tokenizer, max_length - max_new_tokens)
     if rows and asked is not None:
       kept.append(conversation)
       encoded.append(rows)
@@ -156,7 +154,7 @@ def row_losses(
   with Progress(what, len(rows), unit='row') as progress:
     for at in range(0, len(order), batch_rows):
       chosen = order[at : at + batch_rows]
-      tokens, _ = pad_prompts([rows[i].arrays['tokens'] for i in chosen], batch_rows)
+      tokens, _ = pad_prompts([rows[i].arrays['tokens'].tolist() for i in chosen], batch_rows)
       targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
       for row, i in enumerate(chosen):
         targets[row, : len(rows[i])] = rows[i].arrays['targets']
@@ -192,19 +190,17 @@ def compare(base: FileScores, adapter: FileScores | None) -> list[Line]:
       None if adapter is None else loss(adapter.losses_N - base.losses_N),
     )
   ]
-  if base.predictions is None:
+  said = base.predictions
+  if said is None:
     return lines
-  names = base.predictions.means
-  for name in sorted(names, key=lambda name: name != base.predictions.headline):
-    of_base = _percent(base.predictions, name)
+  for name in sorted(said.means, key=lambda name: name != said.headline):
+    of_base = _percent(said, name)
     if adapter is None or adapter.predictions is None:
       lines.append(Line(name, mean_and_se(of_base)))
       continue
     of_adapter = _percent(adapter.predictions, name)
     gained = [theirs - ours for ours, theirs in zip(of_base, of_adapter, strict=True)]
-    lines.append(
-      Line(name, mean_and_se(of_base), mean_and_se(of_adapter), mean_and_se(gained))
-    )
+    lines.append(Line(name, mean_and_se(of_base), mean_and_se(of_adapter), mean_and_se(gained)))
   return lines
 
 

@@ -1,12 +1,12 @@
 """Trains one adapter on a user's own conversations and leaves a directory of it.
 
-    OUT/adapter/        the adapter in PEFT's format: the best, or the last where no rows watch
-    OUT/metrics.jsonl   loss of every step and of the rows kept out
-    OUT/run.json        configuration, rows, base, versions, and how it ended
+  OUT/adapter/        the adapter in PEFT's format: the best, or the last where no rows watch
+  OUT/metrics.jsonl   loss of every step and of the rows kept out
+  OUT/run.json        configuration, rows, base, versions, and how it ended
 
-  job = Job(base='smollm2-135m-instruct', targets='o_proj,fc2', data='my.jsonl')
-  rows = prepare(job, read(Path(job.data)), [], base)
-  result = run(job, base, model, params, rows, Path('out'))
+job = Job(base='smollm2-135m-instruct', targets='o_proj,fc2', data='my.jsonl')
+rows = prepare(job, read(Path(job.data)), [], base)
+result = run(job, base, model, params, rows, Path('out'))
 """
 
 import dataclasses
@@ -115,9 +115,7 @@ def prepare(
   if not learned.rows:
     raise UserError(f'{job.data}: no row fits in {length} tokens; raise --max_length')
   shape = batch_shape([*learned.rows, *watched.rows], job.train.tokens_per_batch)
-  steps = job.train.steps or max(
-    1, round(config.epochs * batches_per_epoch(learned.rows, shape))
-  )
+  steps = job.train.steps or max(1, round(config.epochs * batches_per_epoch(learned.rows, shape)))
   return Rows(learned.rows, watched.rows, shape, steps, learned.notes(length))
 
 
@@ -195,7 +193,5 @@ def run(
     with new_directory(out / ADAPTER) as directory:
       peft.save(directory, adapter)
     record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters, adapter.ranks))
-  write_json(
-    out / 'run.json', {**record, 'status': outcome.stopped, 'train': outcome.record()}
-  )
+  write_json(out / 'run.json', {**record, 'status': outcome.stopped, 'train': outcome.record()})
   return outcome

@@ -60,9 +60,7 @@ def merge(base: Base, adapter: peft.Adapter) -> dict[str, Any]:
   return lora.merge(_float32(base.params), adapter.params, adapter.scales())
 
 
-def rounding(
-  base: Base, adapter: peft.Adapter, merged: Mapping[str, Any], dtype: str
-) -> Rounding:
+def rounding(base: Base, adapter: peft.Adapter, merged: Mapping[str, Any], dtype: str) -> Rounding:
   """Compares unmerged, merged and cast parameters; products are float32 in all of them.
 
   Args:
@@ -105,9 +103,7 @@ def checkpoint_of(name: str) -> Path | None:
   return path if path.is_dir() else None
 
 
-def save(
-  out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Path | None
-) -> None:
+def save(out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Path | None) -> None:
   """Writes a checkpoint with its tokenizer; the directory appears whole or not at all.
 
   Args:

@@ -7,7 +7,6 @@ and a longer grid keeps what a shorter one computed.
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,4 +252,3 @@ def _scores_record(scores: Scores) -> dict[str, Any]:
     'unfinished': scores.unfinished,
     'seconds': scores.seconds,
   }
-

@@ -75,7 +75,9 @@ def test_training_leaves_the_best_adapter_and_its_record(trained):
   best = record['train']['kept_step']
   assert losses[best] == min(losses[step] for step in (2, 4, 6))
   assert losses[best] < losses[0]
-  assert f'step {best} is kept: the best, loss on the rows kept out {losses[best]:.4f}' in held.stdout
+  assert (
+    f'step {best} is kept: the best, loss on the rows kept out {losses[best]:.4f}' in held.stdout
+  )
   assert held.stdout.splitlines()[-1] == f'adapter: {out / "adapter"}'
   assert record['rows']['train'] + record['rows']['eval'] == 40
   assert record['job']['train']['steps'] == 6
@@ -103,9 +105,7 @@ def test_evaluation_pairs_base_and_adapter(trained, place):
     '--max_new_tokens=4', f'--out={path / "scores"}',
   )  # fmt: skip
   record = json.loads((path / 'scores/scores.json').read_text())
-  said = [
-    json.loads(line) for line in (path / 'scores/predictions.jsonl').read_text().splitlines()
-  ]
+  said = [json.loads(line) for line in (path / 'scores/predictions.jsonl').read_text().splitlines()]
   assert len(said) == record['rows']['scored'] == 40
   scores = {line['name']: line for line in record['scores']}
   tokens = sum(row['base']['tokens'] for row in said)
@@ -125,9 +125,7 @@ def test_evaluation_pairs_base_and_adapter(trained, place):
 
 def test_a_choice_is_scored_by_likelihood_without_an_adapter(place):
   path, common = place
-  rows = [
-    {'prompt': f'{i}: A or B?', 'completion': 'AB'[i % 2], 'id': f'q{i}'} for i in range(6)
-  ]
+  rows = [{'prompt': f'{i}: A or B?', 'completion': 'AB'[i % 2], 'id': f'q{i}'} for i in range(6)]
   (path / 'choice.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   held = done(
     'evaluate', *common, f'--data={path / "choice.jsonl"}', '--metric=choice', '--choices=A,B',
@@ -146,9 +144,7 @@ def test_a_choice_is_scored_by_likelihood_without_an_adapter(place):
 def merged(trained, place):
   out, _ = trained
   path, common = place
-  held = done(
-    'merge', *common, f'--adapter={out}', '--dtype=float32', f'--out={path / "merged"}'
-  )
+  held = done('merge', *common, f'--adapter={out}', '--dtype=float32', f'--out={path / "merged"}')
   return path / 'merged', held
 
 
@@ -206,7 +202,7 @@ def test_a_cast_says_what_it_costs(trained, place):
 
 
 def test_piped_turns_are_answered_and_switch(trained, place):
-  path, common = place
+  _, common = place
   flags = (*common, f'--adapter={trained[0]}', '--max_new_tokens=6')
   held = done('chat', *flags, input='hi\n/base\n/reset\nhi\n/nope\n')
   assert len(held.stdout.splitlines()) >= 2

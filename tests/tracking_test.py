@@ -127,5 +127,5 @@ def test_names_and_packages_that_are_missing_are_named(monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot write .*file'):
+  with pytest.raises(UserError, match=r'cannot write .*file'):
     log_all(tmp_path / 'file', [])

@@ -126,7 +126,8 @@ class EncodedFile:
       )
     if self.shortened:
       found.append(
-        f'{self.shortened} rows lose their oldest turns to fit in {max_length} tokens (--max_length)'
+        f'{self.shortened} rows lose their oldest turns to fit in {max_length} tokens '
+        '(--max_length)'
       )
     if self.split:
       found.append(
@@ -306,7 +307,9 @@ def _one_or_more(record: Mapping[str, Any], field: str, role: str, where: str) -
 
 def _turns(value: Any, field: str, where: str) -> Messages:
   if not isinstance(value, list) or not value:
-    raise UserError(f'{where}: {field!r} must be a list of {{"role", "content"}}, not {_shown(value)}')
+    raise UserError(
+      f'{where}: {field!r} must be a list of {{"role", "content"}}, not {_shown(value)}'
+    )
   turns = []
   for i, turn in enumerate(value):
     at = f'{where}: {field}[{i}]'

@@ -1,8 +1,8 @@
 """A user's own conversations as a task: the last answer is predicted and scored by a metric.
 
-  conversations = read(Path('my.jsonl'))
-  task = make(conversations, 'exact_match')
-  examples = [example(row) for row in conversations]
+conversations = read(Path('my.jsonl'))
+task = make(conversations, 'exact_match')
+examples = [example(row) for row in conversations]
 """
 
 import dataclasses
@@ -74,9 +74,7 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def make(
-  conversations: Sequence[Conversation], metric: str, choices: Sequence[str] = ()
-) -> Task:
+def make(conversations: Sequence[Conversation], metric: str, choices: Sequence[str] = ()) -> Task:
   """The task of predicting the last answers.
 
   Args:

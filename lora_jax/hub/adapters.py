@@ -1,8 +1,8 @@
 """Reads an adapter wherever it lies: PEFT's format, a training run, or a cell of an ablation.
 
-  adapters.check(directory)                 # a mistake shows before any download
-  adapter = adapters.load(directory, base)
-  params = adapters.attach(params, adapter)
+adapters.check(directory)                 # a mistake shows before any download
+adapter = adapters.load(directory, base)
+attached = adapters.attach(params, adapter)
 """
 
 import sys
