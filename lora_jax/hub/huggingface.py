@@ -53,7 +53,7 @@ _HEAD, _TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
 
 # Columns of a matrix that are turned at a time: a whole one leaves the processor's caches.
-_STRIP = 64
+_STRIP = 256
 
 
 def load_params(directory: Path, config: ModelConfig, dtype: Any = None) -> dict[str, Any]:
