@@ -351,6 +351,10 @@ def test_type_that_cannot_be_dequantised(tmp_path):
       {'llama__rope__scaling__type': 'longrope', 'llama__rope__scaling__factor': 4.0},
       "positions stretched by 'longrope'",
     ),
+    (
+      {'llama__rope__scaling__type': 'yarn', 'llama__rope__scaling__factor': 0.0},
+      r'positions stretched 0\.0 times',
+    ),
     ({'split__count': 3}, 'is one of 3 parts; join them'),
     ({'llama__rope__dimension_count': 4}, 'part of each head'),
     ({'llama__attention__head_count': [4, 4, 4]}, 'for each layer'),

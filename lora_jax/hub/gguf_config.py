@@ -16,6 +16,7 @@ import numpy as np
 from lora_jax.config import ModelConfig, RopeScaling
 from lora_jax.errors import UserError
 from lora_jax.hub.gguf import GgufFile
+from lora_jax.rotary import frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def model_config(file: GgufFile) -> ModelConfig:
   max_length = keys.get('context_length', int)
   theta = keys.get('rope.freq_base', float, 10_000.0)
   windows = _windows(keys, kind, num_layers)
-  return ModelConfig(
+  config = ModelConfig(
     vocab_size=int(file.require_tensor('token_embd.weight').shape[0]),
     num_layers=num_layers,
     model_dim=model_dim,
@@ -118,7 +119,7 @@ def model_config(file: GgufFile) -> ModelConfig:
     rope_theta=theta,
     norm_eps=keys.get('attention.layer_norm_rms_epsilon', float),
     tie_embeddings='output.weight' not in file.tensors,
-    rope_scaling=_rope_scaling(keys, theta, head_dim, max_length),
+    rope_scaling=_rope_scaling(keys, max_length),
     rope_thetas=_rope_thetas(keys, kind, theta, windows, num_layers),
     windows=windows,
     qkv_bias='blk.0.attn_q.bias' in file.tensors,
@@ -132,6 +133,9 @@ def model_config(file: GgufFile) -> ModelConfig:
     attention_cap=keys.get('attn_logit_softcapping', float, kind.attention_cap),
     logit_cap=keys.get('final_logit_softcapping', float, kind.logit_cap),
   )
+  if ROPE_FACTORS in file.tensors:
+    _check_factors(file, config)
+  return config
 
 
 def refuse(file: GgufFile, what: str) -> NoReturn:
@@ -187,13 +191,17 @@ def _query_scale(keys: _Keys, kind: Family, num_layers: int, width: int) -> floa
   return width**-0.5 if kind.deep and num_layers == kind.deep else None
 
 
-def _rope_scaling(keys: _Keys, theta: float, head_dim: int, max_length: int) -> RopeScaling | None:
+def _rope_scaling(keys: _Keys, max_length: int) -> RopeScaling | None:
   kind = keys.get('rope.scaling.type', str, 'none')
   if ROPE_FACTORS in keys.file.tensors:
-    return _llama3_scaling(keys, theta, head_dim)
+    length = keys.get('rope.scaling.original_context_length', int, _LLAMA3_LENGTH)
+    largest = float(keys.file.read(ROPE_FACTORS).max())
+    return RopeScaling('llama3', largest, length, _LLAMA3_LOW, _LLAMA3_HIGH)
   if kind == 'none':
     return None
   factor = keys.get('rope.scaling.factor', float)
+  if not factor > 0:
+    refuse(keys.file, f'positions stretched {factor} times')
   if kind == 'linear':
     return RopeScaling('linear', factor)
   if kind == 'yarn':
@@ -210,21 +218,11 @@ def _rope_scaling(keys: _Keys, theta: float, head_dim: int, max_length: int) -> 
   refuse(keys.file, f'positions stretched by {kind!r}')
 
 
-def _llama3_scaling(keys: _Keys, theta: float, head_dim: int) -> RopeScaling:
-  """The scaling whose factors the file holds; there is one of them, at several factors."""
-  found = keys.file.read(ROPE_FACTORS).reshape(-1)
-  length = keys.get('rope.scaling.original_context_length', int, _LLAMA3_LENGTH)
-  scaling = RopeScaling('llama3', float(found.max()), length, _LLAMA3_LOW, _LLAMA3_HIGH)
-  expected = llama3_factors(scaling, theta, head_dim)
-  if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
-    refuse(keys.file, f"other factors in {ROPE_FACTORS} than Llama 3's")
-  return scaling
-
-
-def llama3_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-  """What Llama 3.1 divides each of the head_dim / 2 frequencies by."""
-  half = head_dim // 2
-  wavelengths = 2 * math.pi * theta ** (np.arange(half) / half)
-  kept = (scaling.original_length / wavelengths - scaling.low) / (scaling.high - scaling.low)
-  kept = np.clip(kept, 0.0, 1.0)
-  return 1.0 / ((1.0 - kept) / scaling.factor + kept)
+def _check_factors(file: GgufFile, config: ModelConfig) -> None:
+  """Refuses factors that are not those of the one scaling that is stated so."""
+  plain_h, _ = frequencies(dataclasses.replace(config, rope_scaling=None), config.rope_theta)
+  stretched_h, _ = frequencies(config, config.rope_theta)
+  found_h = file.read(ROPE_FACTORS).reshape(-1)
+  expected_h = plain_h / stretched_h
+  if found_h.shape != expected_h.shape or not np.allclose(found_h, expected_h, rtol=1e-3):
+    refuse(file, f"other factors in {ROPE_FACTORS} than Llama 3's")
