@@ -13,7 +13,7 @@ import tiny_model
 import tiny_tokenizers
 
 from lora_jax.errors import UserError
-from lora_jax.hub import bases, tiny, wheel
+from lora_jax.hub import bases, huggingface, snapshot, tiny, wheel
 
 CONTENT = b'GGUF' + bytes(range(200))
 

