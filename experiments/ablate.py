@@ -34,7 +34,9 @@ _DATASETS = flags.DEFINE_list('datasets', None, 'Datasets; all seven if not give
 _DATA = flags.DEFINE_string(
   'data', 'synthetic', "Where rows come from: 'synthetic', 'hub', or a directory."
 )
-_BASE = flags.DEFINE_string('base', None, "A base's name, a .gguf file, a model's directory, or its owner/name on the hub.")
+_BASE = flags.DEFINE_string(
+  'base', None, "A base's name, a .gguf file, a model's directory, or its owner/name on the hub."
+)
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')

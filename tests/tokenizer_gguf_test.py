@@ -108,7 +108,7 @@ def test_splits_follow_their_definition(tmp_path, pre):
 
 def textbook_sentencepiece(text, tokens, scores, prefix):
   """SentencePiece's BPE from its definition: the neighbours whose union scores best."""
-  best = dict(zip(tokens, scores, strict=True))
+  best = dict(list(zip(tokens, scores, strict=True))[259:])
   symbols = list((('\u2581' if prefix and text else '') + text).replace(' ', '\u2581'))
   while True:
     pairs = [
@@ -134,11 +134,15 @@ def sentencepiece_file(**changes):
   names = ['<unk>', '<s>', '</s>']
   first = [*names, *tiny_tokenizers.BYTES]
   tokens = [*first, *(token for token in learned if token not in first)]
+  scores = [0.0] * 259 + [-float(i) for i in range(len(tokens) - 259)]
+  # As in Mistral's vocabulary, where runs of spaces all score the same.
+  runs = ['\u2581' * length for length in (2, 3, 4, 5, 6)]
+  tokens, scores = tokens + runs, scores + [-1e9] * len(runs)
   return {
     'tokenizer__ggml__model': 'llama',
     'tokenizer__ggml__pre': 'default',
     'tokenizer__ggml__tokens': tokens,
-    'tokenizer__ggml__scores': [0.0] * len(first) + [-float(i) for i in range(len(tokens) - 259)],
+    'tokenizer__ggml__scores': scores,
     'tokenizer__ggml__token_type': [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
     'tokenizer__ggml__merges': None,
     'tokenizer__ggml__unknown_token_id': 0,
@@ -154,11 +158,10 @@ def test_sentencepiece_follows_its_definition(tmp_path, prefix):
   metadata = sentencepiece_file(tokenizer__ggml__add_space_prefix=prefix)
   ours = from_written(tmp_path, **metadata)
   tokens, scores = metadata['tokenizer__ggml__tokens'], metadata['tokenizer__ggml__scores']
-  text_scores = [score if i >= 259 else -1e9 for i, score in enumerate(scores)]
   rng = np.random.default_rng(1)
   for _ in range(40):
-    text = random_text(rng, 15)
-    expected = textbook_sentencepiece(text, tokens, text_scores, prefix)
+    text = random_text(rng, 15) + ' ' * int(rng.integers(12)) + '</s>'
+    expected = textbook_sentencepiece(text, tokens, scores, prefix)
     assert ours.encode_plain(text) == expected, repr(text)
     decoded = ours.decode(expected)
     assert decoded == text.replace('\u2581', ' ')

@@ -28,7 +28,7 @@ class ChatTokenizer:
   """Turns text and chats into token ids, and back.
 
   Attributes:
-    vocab_size: one more than the largest id.
+    vocab_size: number of tokens; ids are below it.
     eos_id: the token that ends a turn.
     pad_id: the token to pad with; may equal `eos_id`.
     bos_id: the token that begins a text, or None. No method adds it: templates do.
@@ -69,7 +69,7 @@ class ChatTokenizer:
     self._full = full
     self._plain = plain
     self._inner = plain if inner is None else inner
-    self.vocab_size = 1 + max(full.get_vocab(with_added_tokens=True).values())
+    self.vocab_size = full.get_vocab_size(with_added_tokens=True)
     added = full.get_added_tokens_decoder()
     self.special_tokens = {token.content: i for i, token in added.items() if token.special}
     names = sorted(self.special_tokens, key=len, reverse=True)

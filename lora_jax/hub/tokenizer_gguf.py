@@ -183,7 +183,8 @@ def merges_by_score(
   """SentencePiece's vocabulary as merges in order of priority.
 
   It merges the neighbours whose union has the best score (Kudo and Richardson 2018);
-  so every way of cutting a token in two is a merge, and its score is its priority.
+  so every way of cutting a token in two is a merge, and its score is its priority. Of
+  equal ones, as runs of spaces may be, the leftmost come first: the longest left parts.
   """
   ids = {token: i for i, token in enumerate(tokens)}
   found = []
@@ -194,7 +195,6 @@ def merges_by_score(
       left, right = token[:cut], token[cut:]
       if left in ids and right in ids:
         found.append((-score, -cut, left, right))
-  # Sorting is stable: equal scores keep the order of the vocabulary.
   found.sort(key=lambda merge: merge[:2])
   return [(left, right) for _, _, left, right in found]
 
