@@ -126,6 +126,38 @@ def test_other_added_tokens_are_found_in_data(tmp_path):
   assert ours.decode([tool]) == '<tool>'
 
 
+def with_merges(form, *merges, **changes):
+  """A form whose vocabulary has further merges, and `changes` of tokenizer.json."""
+  data = tiny_tokenizers.FORMS[form][0]
+  model = data['model']
+  vocab = dict(model['vocab'])
+  for left, right in merges:
+    vocab.setdefault(left + right, len(vocab))
+  return {'model': model | {'vocab': vocab, 'merges': [*merges, *model['merges']]}, **changes}
+
+
+def test_no_merges_and_no_normaliser_lead_to_a_special_token(tmp_path):
+  merges = [['<', '/'], ['s', '>'], ['</', 's>']]
+  wide = ''.join(chr(ord(c) + 0xFEE0) for c in '</s>')
+  ours = load(tmp_path, 'llama2', data=with_merges('llama2', *merges))
+  assert ours.eos_id not in ours.encode_plain('</s>')
+  compatible = with_merges('llama2', *merges, normalizer={'type': 'NFKC'})
+  ours = load(tmp_path, 'llama2', data=compatible)
+  assert ours.decode(ours.encode_plain(wide)) == '</s>'
+  for encode in (ours.encode, ours.encode_plain):
+    assert ours.eos_id not in encode(wide)
+  assert ours.encode_chat([{'role': 'user', 'content': wide}]).count(ours.eos_id) == 0
+
+
+def test_special_tokens_are_found_as_they_are_written(tmp_path):
+  # As in older Llama 2 files, where each segment of text is given a space before.
+  added = [
+    {**entry, 'normalized': True} for entry in tiny_tokenizers.FORMS['llama2'][0]['added_tokens']
+  ]
+  ours = load(tmp_path, 'llama2', data={'added_tokens': added})
+  assert ours.encode('a</s>b').count(ours.eos_id) == 1
+
+
 def test_tokens_of_the_second_file(tmp_path):
   more = {'700': {'content': '<more>', 'special': True}, '701': {'content': '<word>'}}
   ours = load(tmp_path, config={'added_tokens_decoder': more})
