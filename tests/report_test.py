@@ -256,6 +256,14 @@ def test_a_quantised_base_is_said(tmp_path):
   assert held['preset'] is None
 
 
+def test_an_early_end_and_the_best_adapter_are_said(tmp_path):
+  run = start(tmp_path, patience=3, keep_best=True)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  text, _, _ = written(run)
+  assert 'ended after 3 evaluations in a row without a lower loss on rows kept out' in text
+  assert 'with the adapter of the lowest loss on rows kept out;' in text
+
+
 def test_scores_that_mean_little_are_told_so(tmp_path):
   run = start(tmp_path, base='tiny', data='synthetic')
   plant(run, 'medmcqa', 'base', [0, 1])

@@ -101,11 +101,23 @@ def _what_was_run(results: Results) -> str:
     f'All train alike: {train["steps"]} steps of {train["tokens_per_batch"]:,} tokens (padding '
     f'included), rows of at most {train["max_length"]:,} tokens, AdamW at a peak rate of '
     f'{optim["learning_rate"]:g} for A and {optim["lr_ratio"]:g} times that for B, '
-    f'{train["dtype"]}; {_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
+    f'{train["dtype"]}{quantized}{_ends(train)}; '
+    f'{_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
     + (f'preset {code(preset)}.' if preset else 'settings of its own, no preset.')
     + f'\n\nRows used: {_source(results)}. How many, and how each task is posed: see "Rows and '
     'tasks".'
   )
+
+
+def _ends(train: dict[str, Any]) -> str:
+  """Which adapter a run gives, and whether it may end early, where that is not the rule."""
+  ends = ''
+  if train.get('patience'):
+    after = _plural(train['patience'], 'evaluation')
+    ends += f', ended after {after} in a row without a lower loss on rows kept out'
+  if train.get('keep_best'):
+    ends += ', with the adapter of the lowest loss on rows kept out'
+  return ends
 
 
 def _variant(lora: dict[str, Any]) -> str:
