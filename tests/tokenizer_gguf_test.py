@@ -335,6 +335,8 @@ def test_end_of_turn_and_padding_have_defaults(tmp_path):
     ({'tokenizer__ggml__merges': ['zz yy']}, 'vocabulary is not usable'),
     ({'tokenizer__ggml__merges': ['a b c']}, 'vocabulary is not usable'),
     ({'tokenizer__ggml__tokens': None}, r'tokenizer\.ggml\.tokens'),
+    ({'tokenizer__ggml__tokens': [1, 2]}, r'tokenizer\.ggml\.tokens does not hold str'),
+    ({'tokenizer__ggml__merges': [0.5]}, r'tokenizer\.ggml\.merges does not hold str'),
     ({'tokenizer__ggml__token_type': [1, 2]}, '262 tokens but 2 token types'),
     ({'tokenizer__ggml__eos_token_id': 5000}, 'names token 5000 of 262'),
   ],

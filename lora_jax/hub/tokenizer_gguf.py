@@ -37,8 +37,8 @@ def from_gguf(file: GgufFile) -> ChatTokenizer:
       f'{file.path}: tokenizer model {kind!r} is not supported; give a file with '
       + ' or '.join(map(repr, _KINDS))
     )
-  tokens = file.require('tokenizer.ggml.tokens', list)
-  types = file.require('tokenizer.ggml.token_type', list)
+  tokens = _items(file, 'tokens', str)
+  types = _items(file, 'token_type', int)
   if len(types) != len(tokens):
     raise UserError(
       f'{file.path}: has {len(tokens)} tokens but {len(types)} token types; convert it again'
@@ -75,6 +75,15 @@ def from_gguf(file: GgufFile) -> ChatTokenizer:
     bos_id=ids.get('bos'),
     inner=inner,
   )
+
+
+def _items(file: GgufFile, name: str, kind: type) -> list[Any]:
+  """A list of the vocabulary; the items of a list are all of one type in GGUF."""
+  key = f'tokenizer.ggml.{name}'
+  items = file.require(key, list)
+  if items and type(items[0]) is not kind:
+    raise UserError(f'{file.path}: {key} does not hold {kind.__name__}; convert the model again')
+  return items
 
 
 def _named_ids(file: GgufFile, num_tokens: int) -> dict[str, int]:
@@ -137,7 +146,7 @@ def _byte_level(file, tokens, types, special, ordinary) -> dict[str, Any]:
       + ', '.join(map(repr, _PRE_TOKENIZERS))
       + ", or the model's directory from the Hugging Face hub"
     )
-  merges = file.require('tokenizer.ggml.merges', list)
+  merges = _items(file, 'merges', str)
   return tokenizer_json.byte_level(tokens, merges, special, ordinary, **_PRE_TOKENIZERS[name])
 
 
@@ -145,7 +154,7 @@ def _byte_level(file, tokens, types, special, ordinary) -> dict[str, Any]:
 
 
 def _sentencepiece(file, tokens, types, special, ordinary) -> dict[str, Any]:
-  scores = file.require('tokenizer.ggml.scores', list)
+  scores = _items(file, 'scores', float)
   if len(scores) != len(tokens):
     raise UserError(
       f'{file.path}: has {len(tokens)} tokens but {len(scores)} scores; convert it again'
