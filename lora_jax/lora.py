@@ -128,19 +128,17 @@ def attach(
   for path, module in modules(adapters).items():
     w, leaves = flat[f'{path}/kernel'], module.leaves
     scales = scales_of(scale, module)
-    lead = scales.shape
     if 'a0' in leaves:
       began = jax.lax.stop_gradient((leaves['a0'], leaves['b0']))
       w = LoraKernel(w, *began, -scales)
-    kernel = LoraKernel(w, leaves['a'], leaves['b'], scales)
-    if 'm' in leaves:
-      kernel = kernel.replace(gain=_gain(kernel, leaves['m']))
+    pair = leaves['a'], leaves['b'], scales
+    gain = _gain(LoraKernel(w, *pair), leaves['m']) if 'm' in leaves else None
+    keys = None
     if dropout_key is not None and dropout_rate > 0:
       # The parts of a fused module see one input, and so drop the same of it.
-      module_key = jax.random.fold_in(dropout_key, zlib.crc32(module.owner.encode()))
-      keys = jax.random.split(module_key, lead) if lead else module_key
-      kernel = kernel.replace(dropout_key=keys, dropout_rate=dropout_rate)
-    flat[f'{path}/kernel'] = kernel
+      keys = jax.random.fold_in(dropout_key, zlib.crc32(module.owner.encode()))
+      keys = jax.random.split(keys, scales.shape) if scales.ndim else keys
+    flat[f'{path}/kernel'] = LoraKernel(w, *pair, keys, dropout_rate, gain)
   return unflatten_dict(flat, sep='/')
 
 

@@ -99,7 +99,7 @@ def init(key: jax.Array, params: Params, paths: Iterable[str], config: LoraConfi
     UserError: a rank exceeds both sides of a module, a selected layer is not there, or
       a name of what trains too matches nothing.
   """
-  flat = dict(flatten_dict(params, sep='/'))
+  flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
   paths = tuple(paths)
   num_layers = flat[f'{parts(paths[0])[0]}/kernel'].shape[0]
   planned = plan_for(config, paths, num_layers)
@@ -111,7 +111,7 @@ def init(key: jax.Array, params: Params, paths: Iterable[str], config: LoraConfi
       leaves |= _principal(key, flat, path, planned.ranks[path], scales[path])
   if config.dora:
     attached = lora.attach(params, unflatten_dict(leaves, sep='/'), scales)
-    kernels = dict(flatten_dict(attached, sep='/'))
+    kernels: dict[str, Any] = dict(flatten_dict(attached, sep='/'))
     for path in paths:
       adapted_L1 = jnp.asarray(planned.ranks[path])[:, None] > 0
       for part in parts(path):
@@ -153,7 +153,8 @@ def check(config: LoraConfig, target_sets: Iterable[str], params: Params) -> Non
   """
   sets = [resolve(targets, params) for targets in target_sets]
   paths = dict.fromkeys(path for found in sets for path in found)
-  num_layers = dict(flatten_dict(params, sep='/'))[f'{targetable(params)[0]}/kernel'].shape[0]
+  flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
+  num_layers = flat[f'{targetable(params)[0]}/kernel'].shape[0]
   chosen = _layers(config, num_layers)
   also_trained(config, params)
   for name in ('rank_pattern', 'alpha_pattern'):

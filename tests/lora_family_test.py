@@ -37,21 +37,22 @@ def plain_logits(model=MODEL, params=None):
 
 @pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-@pytest.mark.parametrize('kind', ['fused dora', 'ragged dora', 'norms', 'pissa'])
-def test_a_fresh_adapter_changes_nothing(kind, dtype):
+@pytest.mark.parametrize('kind', ['fused dora', 'ragged dora', 'norms'])
+def test_a_fresh_adapter_changes_no_bit(kind, dtype):
   model = Transformer(CONFIG, dtype=jnp.dtype(dtype))
   base = jax.tree.map(lambda x: x.astype(dtype), tiny_model.params())
   adapters, config = fresh(kind, base)
   assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype('float32')}
-  expected = plain_logits(model, base)
-  # With the lengths taken before the model and within its program.
+  expected = plain_logits(model, base).tobytes()
+  assert np.asarray(logits(adapters, config, model, base)).tobytes() == expected
+  # In training the lengths are taken in the model's program.
   inside = jax.jit(lambda ad, base: logits(ad, config, model, base))(adapters, base)
-  for found in (inside, logits(adapters, config, model, base)):
-    if 'pissa' in kind:
-      tolerance = 0.1 if dtype == 'bfloat16' else 1e-4
-      np.testing.assert_allclose(found, expected, atol=tolerance)
-    else:
-      assert np.asarray(found).tobytes() == expected.tobytes()
+  assert np.asarray(inside).tobytes() == expected
+
+
+@pytest.mark.parametrize('kind', ['pissa and dora', 'fused pissa'])
+def test_pissa_changes_no_more_than_rounding(kind):
+  np.testing.assert_allclose(logits(*fresh(kind)), plain_logits(), atol=1e-4)
 
 
 def test_pissa_begins_at_the_principal_singular_vectors():

@@ -91,6 +91,15 @@ def test_weight_decay_pulls_towards_zero():
     np.testing.assert_allclose(pulled, -0.1 * rate * given, rtol=1e-5)
 
 
+def test_weight_decay_leaves_magnitudes_norms_and_biases_alone():
+  tree = {'o_proj': {'a': jnp.ones((2, 2)), 'm': jnp.ones(2)}, 'norm': {'scale': jnp.ones(2)}}
+  tx = optimizer(dataclasses.replace(CONFIG, weight_decay=0.1), 100)
+  added, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)
+  assert (added['o_proj']['a'] < 0).all()
+  assert not added['o_proj']['m'].any()
+  assert not added['norm']['scale'].any()
+
+
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad):
   broken = adapters(1)

@@ -131,7 +131,7 @@ def check_against(
 def _check_pairs(file: Path, path: str, found: Found, shape: Sequence[int]) -> None:
   """Checks that each layer's A and B are both there and fit the base."""
   a, b, m = (found.get(f'{path}/{leaf}', {}) for leaf in 'abm')
-  for layer in sorted({*a, *b, *m}):
+  for layer in dict.fromkeys([*a, *b, *m]):
     name = name_of(path, layer)
     if layer not in a or layer not in b:
       has = ', '.join(
