@@ -27,7 +27,8 @@ class Family:
 
   Attributes:
     architecture: the class in transformers that its language models are saved from.
-    defaults: of fields that config.json may leave out; None: no such field.
+    defaults: of fields that config.json may leave out; None: it follows from others, or
+      there is none.
     changes: fields of `ModelConfig` that set the family apart.
   """
 
