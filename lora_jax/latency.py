@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import lora
+from lora_jax import lora, lora_family
+from lora_jax.config import LoraConfig
 from lora_jax.kernels import Kernel
 from lora_jax.progress import Progress
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
@@ -27,7 +28,7 @@ def measure(
   model: Transformer,
   base: Mapping[str, Any],
   target_sets: Mapping[str, Sequence[str]],
-  rank: int,
+  lora_config: LoraConfig,
   turns: int,
 ) -> dict[str, dict[str, float]]:
   """Times prefill and decoding of one row for the base and for each target set.
@@ -36,7 +37,7 @@ def measure(
     model: the Transformer.
     base: its parameters.
     target_sets: name -> paths of the adapted modules.
-    rank: R of the adapters, whose values do not matter to time.
+    lora_config: of the adapters, whose values do not matter to time.
     turns: how often each is timed.
 
   Returns:
@@ -46,8 +47,9 @@ def measure(
   """
   variants = {'base': base}
   for name, paths in target_sets.items():
-    adapters = lora.init(jax.random.key(0), base, paths, rank)
-    variants[name] = lora.attach(base, adapters, 1.0)
+    adapters = lora_family.init(jax.random.key(0), base, paths, lora_config)
+    scales = lora_family.plan(lora_config, adapters).scales()
+    variants[name] = lora.attach(base, adapters, scales)
   tokens = jnp.ones((1, _PROMPT_TOKENS), jnp.int32)
   room = KeyValues.empty(model.config, 1, _PROMPT_TOKENS + _DECODE_STEPS, model.dtype)
   # A server lays the head out once, so that is no part of a request's time.

@@ -247,7 +247,7 @@ class Summary:
   adapter_bytes: int
 
   def __str__(self) -> str:
-    names = ', '.join(_name(path) for path in self.modules)
+    names = ', '.join(targets.label(path) for path in self.modules)
     return (
       f'{names}: {self.trainable_params:,} trainable parameters, '
       f'{self.adapter_bytes / 2**20:.2f} MiB'

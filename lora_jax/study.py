@@ -192,9 +192,7 @@ class Study:
     names = dict.fromkeys([*grid.targets, *(name for name in held if name != 'base')])
     paths = {targets: lora.resolve(targets, self._params) for targets in names}
     settings = self._settings
-    times = latency.measure(
-      self._model, self._params, paths, settings.lora.rank, settings.latency_turns
-    )
+    times = latency.measure(self._model, self._params, paths, settings.lora, settings.latency_turns)
     device = jax.devices()[0].device_kind
     self._run.write_latency({'targets': times, 'device': device, 'dtype': settings.train.dtype})
 

@@ -41,6 +41,12 @@ def fused(path: str) -> str | None:
   return next((f'{parent}/{whole}' for whole in FUSED if name in FUSED[whole]), None)
 
 
+def label(path: str) -> str:
+  """A short name for people: the module's, or `input_layernorm/scale` of what is no module."""
+  *_, parent, name = ['', *path.split('/')]
+  return f'{parent}/{name}' if name in ('scale', 'bias') else name
+
+
 def resolve(targets: str, params: Mapping[str, Any]) -> tuple[str, ...]:
   """Finds the modules that a set of targets names.
 

@@ -234,6 +234,7 @@ def test_only_what_trains_is_counted():
   assert lora.summarise(dora, ranks).trainable_params == 2 * (4 * sum(sizes) + sum(outs))
   norms = lora.summarise(fresh('norms')[0])
   assert norms.modules[1:] == ('layers/input_layernorm/scale', 'norm/scale')
+  assert str(norms).startswith('o_proj, input_layernorm/scale, norm/scale: ')
   fused = lora.summarise(fresh('fused')[0])
   assert fused.modules == ('layers/attn/o_proj', 'layers/attn/qkv_proj', 'layers/mlp/gate_up_proj')
 

@@ -15,6 +15,7 @@ from lora_jax.data.tasks import TASKS
 from lora_jax.errors import UserError
 from lora_jax.presets import ARTICLE_TARGETS, EQUAL_RANK
 from lora_jax.records import RunDirectory, read_json
+from lora_jax.targets import label
 
 BASE = 'base'
 DONE, DIVERGED, PARTLY_DIVERGED, MISSING = 'done', 'diverged', 'partly diverged', 'missing'
@@ -306,7 +307,7 @@ def _cost(records: Sequence[Mapping[str, Any]]) -> Cost:
   tokens = math.fsum(run['tokens'] * (1 - 1 / len(run['losses'])) for run in runs)
   seconds = math.fsum(run['seconds'] - run['compile_seconds'] - run['eval_seconds'] for run in runs)
   return Cost(
-    modules=[path.rsplit('/', 1)[-1] for path in adapter['modules']],
+    modules=[label(path) for path in adapter['modules']],
     trainable_params=adapter['trainable_params'],
     adapter_bytes=adapter['adapter_bytes'],
     tokens_per_second=tokens / seconds if tokens and seconds > 0 else None,
