@@ -14,7 +14,8 @@ from tiny_model import CONFIG, MODEL
 from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
-from lora_jax.kernels import LoraKernel
+from lora_jax.kernels import LoraKernel, dense
+from lora_jax.quantized import Int8Kernel
 from lora_jax.transformer import Transformer
 
 
@@ -133,6 +134,21 @@ def test_dropout_needs_a_key(kind):
   np.testing.assert_array_equal(run(dropout_rate=0.5), exact)
   dropped = run(dropout_key=jax.random.key(0), dropout_rate=0.5)
   assert not np.allclose(dropped, exact, atol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['fused dora', 'pissa'])
+def test_a_quantised_base_is_one_more_kernel(kind):
+  quantised = jax.tree.map(lambda leaf: leaf, tiny_model.params())
+  for block, name in (('attn', 'q_proj'), ('mlp', 'up_proj')):
+    kernel = quantised['layers'][block][name]['kernel']
+    quantised['layers'][block][name]['kernel'] = Int8Kernel.quantize(kernel)
+  decode = lambda leaf: dense(leaf, jnp.float32) if isinstance(leaf, Int8Kernel) else leaf
+  plain = jax.tree.map(decode, quantised, is_leaf=lambda leaf: isinstance(leaf, Int8Kernel))
+  adapters, config = fresh(kind, quantised)
+  tiny_model.assert_trees_close(adapters, fresh(kind, plain)[0], atol=1e-5)
+  moved, _ = trained(kind, params=quantised)
+  found = logits(moved, config, params=quantised)
+  np.testing.assert_allclose(found, logits(moved, config, params=plain), atol=2e-4)
 
 
 # Fused and split.
