@@ -171,12 +171,12 @@ def _kernel_bytes(params: Any) -> int:
 
 
 def table(runs: Sequence[Run], title: str) -> rich.table.Table:
-  """One line a run; losses and times as ratios to the base that is not quantised."""
+  """One line a run: bytes, losses before and after, times; ratios to the plain base."""
   out = rich.table.Table(title=title, box=rich.box.SIMPLE)
   for column in ('targets', 'kernels'):
-    out.add_column(column)
-  for column in ('MiB', 'of float16', 'loss before', 'after', 'ratio', 's/step', 'ratio'):
-    out.add_column(column, justify='right')
+    out.add_column(column, no_wrap=True)
+  for column in ('MiB', '/float16', 'before', 'after', 'ratio', 's/step', 'ratio'):
+    out.add_column(column, no_wrap=True, justify='right')
   plain = {run.targets: run for run in runs if run.kind == 'none'}
   for run in runs:
     beside = plain[run.targets]
@@ -231,7 +231,8 @@ if __name__ == '__main__':
         Path(_JSON.value).write_text(json.dumps(record, indent=2))
       origin = 'generated rows' if options.data is None else f'rows of {Path(options.data).name}'
       title = f'{options.steps} steps of {options.dataset}, {origin}, {options.dtype}'
-      Console().print(table(runs, title))
+      # In a file, rich would cut columns to fit 80.
+      Console(width=max(Console().width, 100)).print(table(runs, title))
       print(f'jax {jax.__version__}, {jax.devices()[0].device_kind}', file=sys.stderr)
 
   _launcher.prefer_huge_pages()
