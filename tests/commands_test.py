@@ -1,5 +1,6 @@
 """train -> evaluate -> merge -> chat -> export on the tiny base, as a user runs them."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -326,3 +327,46 @@ def test_a_mistake_is_one_line_and_comes_first(trained, place, tmp_path, name, a
   assert len([line for line in held.stderr.splitlines() if line.startswith('error: ')]) == 1
   assert says in held.stderr
   assert 'Traceback' not in held.stderr
+
+
+@pytest.mark.parametrize(('method', 'rank'), [('sum', 8), ('svd', 3), ('ties', 3), ('dare', 3)])
+def test_adapters_add_up_to_one_that_every_command_reads(trained, place, method, rank):
+  out, _ = trained
+  path, common = place
+  both = path / f'both-{method}'
+  done(
+    'combine', *common, f'--adapter={out}:0.25', f'--adapter={out}:0.75', f'--method={method}',
+    '--rank=3', '--density=1', f'--out={both}',
+  )  # fmt: skip
+  base = bases.load('tiny')
+  one, summed = adapters.load(out, base), adapters.load(both, base)
+  assert {held for ranks in summed.ranks.values() for held in ranks} == {rank}
+  tokens = jnp.arange(24)[None] % base.config.vocab_size
+  hidden = lambda adapter: Transformer(base.config).apply(
+    {'params': adapters.attach(base.params, adapter)}, tokens
+  )[0]
+  if method == 'sum':
+    np.testing.assert_allclose(hidden(summed), hidden(one), atol=1e-4)
+  assert np.abs(hidden(summed) - hidden(dataclasses.replace(one, alphas=_none(one)))).max() > 1e-3
+
+
+def _none(adapter):
+  return {path: (0.0,) * len(alphas) for path, alphas in adapter.alphas.items()}
+
+
+@pytest.mark.parametrize(
+  ('flag', 'says'),
+  [
+    ('--adapter=here', 'give DIRECTORY:WEIGHT'),
+    ('--adapter=here:x', 'give DIRECTORY:WEIGHT'),
+    ('--adapter=nowhere:1', 'no adapter in nowhere'),
+    ('--density=0', 'give a share above 0'),
+  ],
+)
+def test_what_cannot_be_added_up_is_one_line(place, flag, says):
+  path, common = place
+  flags = ['--adapter=nowhere:1', flag] if flag.startswith('--density') else [flag]
+  held = run('combine', *common, *flags, f'--out={path / "never"}')
+  assert held.returncode == 2
+  assert says in held.stderr
+  assert len(held.stderr.strip().splitlines()) == 1

@@ -86,6 +86,14 @@ def of(params: Mapping[str, Any], config: LoraConfig, **about: str) -> Adapter:
   return Adapter(params, plan.ranks, plan.alphas, config.rslora, **about)
 
 
+def unscaled(params: Mapping[str, Any], **about: str) -> Adapter:
+  """A plain adapter tree of scale 1, as `arithmetic` makes, each module with a rank of its own."""
+  owned = {module.owner: module.leaves['a'] for module in lora.modules(params).values()}
+  ranks = {owner: (a.shape[-1],) * a.shape[0] for owner, a in owned.items()}
+  alphas = {owner: tuple(map(float, held)) for owner, held in ranks.items()}
+  return Adapter(params, ranks, alphas, **about)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Linear:
   """What one module of one layer holds, as PEFT has it: A (R, in), B (out, R)."""
