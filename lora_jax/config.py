@@ -15,7 +15,7 @@ LORA_INITS = ('default', 'pissa')
 CACHE = '~/.cache/lora_jax'
 
 # How the kernels of a frozen base's blocks may be stored; see `lora_jax.quantize`.
-QUANTIZE = ('none', 'nf4', 'int8')
+QUANTIZE = ('none', 'nf4', 'int4', 'int8')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ class TrainConfig:
     dtype: of activations and of the frozen base: 'bfloat16' or 'float32'.
     remat: recompute blocks in the backward pass to save memory.
     quantize: how the kernels of the frozen base's blocks are stored, in training and
-      ever after: 'none' (in `dtype`), 'nf4' or 'int8'.
+      ever after: 'none' (in `dtype`), 'nf4', 'int4' or 'int8'.
   """
 
   steps: int = 40

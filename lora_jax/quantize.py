@@ -24,11 +24,11 @@ from jax.sharding import Mesh, PartitionSpec
 from lora_jax import lora
 from lora_jax.errors import UserError
 from lora_jax.kernels import LoraKernel, dense
-from lora_jax.quantized import Int8Kernel, Nf4Kernel, QuantizedKernel
+from lora_jax.quantized import Int4Kernel, Int8Kernel, Nf4Kernel, QuantizedKernel
 
 Params = Mapping[str, Any]
 
-KINDS = {'nf4': Nf4Kernel, 'int8': Int8Kernel}
+KINDS = {'nf4': Nf4Kernel, 'int4': Int4Kernel, 'int8': Int8Kernel}
 
 
 def store(params: Params, dtype: jax.typing.DTypeLike, kind: str = 'none') -> dict:
@@ -37,7 +37,7 @@ def store(params: Params, dtype: jax.typing.DTypeLike, kind: str = 'none') -> di
   Args:
     params: the base, float32; numpy arrays will do.
     dtype: of everything that is not quantised.
-    kind: how the blocks' kernels are stored: 'none' (in `dtype`), 'nf4' or 'int8'.
+    kind: how the blocks' kernels are stored: 'none' (in `dtype`), or one of `KINDS`.
 
   Raises:
     UserError: as `quantize`.
@@ -53,17 +53,17 @@ def quantize(params: Params, kind: str, paths: Iterable[str] | None = None) -> d
 
   Args:
     params: the base, as exact as there is one; its shapes under `jax.eval_shape`.
-    kind: 'nf4' or 'int8'.
+    kind: one of `KINDS`.
     paths: modules whose kernels are quantised; None: all Dense modules of the blocks.
 
   Returns:
-    The same tree with `Nf4Kernel` or `Int8Kernel` nodes in place of those kernels.
+    The same tree with quantised kernels in place of those kernels.
 
   Raises:
     UserError: the kind is unknown, or a path holds no array to quantise.
   """
   if kind not in KINDS:
-    raise UserError(f'cannot quantise to {kind!r}; give {" or ".join(KINDS)}')
+    raise UserError(f'cannot quantise to {kind!r}; give {", ".join(KINDS)}')
   flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
   for path in lora.targetable(params) if paths is None else paths:
     kernel = flat.get(f'{path}/kernel')

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels import LoraKernel, dot
-from lora_jax.quantized import BLOCK, NF4_LEVELS, Int8Kernel, Nf4Kernel
+from lora_jax.quantized import BLOCK, INT4_BLOCK, NF4_LEVELS, Int4Kernel, Int8Kernel, Nf4Kernel
 
-KINDS = [Nf4Kernel, Int8Kernel]
+KINDS = [Nf4Kernel, Int4Kernel, Int8Kernel]
 # Blocks that are whole, short, cut short, and odd.
 SHAPES = [(2 * BLOCK, 5), (24, 5), (BLOCK + 6, 3), (BLOCK + 1, 3), (1, 2), (3, 2, BLOCK, 4)]
 
@@ -87,7 +87,7 @@ def test_what_was_decoded_encodes_to_itself(kind):
   again = kind.quantize(kernel.dequantize(jnp.float32))
   np.testing.assert_array_equal(again.codes, kernel.codes)
   np.testing.assert_allclose(
-    again.dequantize(jnp.float32), kernel.dequantize(jnp.float32), rtol=1e-6
+    again.dequantize(jnp.float32), kernel.dequantize(jnp.float32), rtol=1e-6, atol=2e-6
   )
 
 
@@ -102,6 +102,36 @@ def test_errors_are_bounded_by_half_the_widest_gap():
   error = jnp.abs(kernel.dequantize(jnp.float32) - w)
   assert (error <= jnp.broadcast_to(kernel.step, w.shape) / 2 + 1e-6).all()
   assert float(jnp.linalg.norm(error) / jnp.linalg.norm(w)) < 0.01
+
+
+def test_int4_errors_are_bounded_by_half_a_step_and_the_rounding_of_its_ends():
+  w = draw(4 * INT4_BLOCK + 5, 32)
+  kernel = Int4Kernel.quantize(w)
+  error = jnp.abs(kernel.dequantize(jnp.float32) - w)
+  step, low = np.asarray(kernel.steps * kernel.units[:1]), np.abs(kernel.lows * kernel.units[1:])
+  # Half a unit of the lowest and fifteen halves of one of the step, where a block ends.
+  bound = step / 2 + low.max(0) / 127 + 15 * step.max(0) / 255
+  assert (error <= np.repeat(bound, INT4_BLOCK, axis=0)[: len(w)] + 1e-6).all()
+  assert float(jnp.linalg.norm(error) / jnp.linalg.norm(w)) < 0.085
+
+
+def test_int4_gives_back_the_blocks_of_q4_1():
+  # As GGUF stores them: 32 neighbouring weights of an output, a scale and a minimum in
+  # float16, and codes of which the ends occur.
+  rng = np.random.default_rng(0)
+  codes = rng.integers(0, 16, (6, INT4_BLOCK, 24))
+  codes[:, :2] = [[0], [15]]
+  step = rng.uniform(0.4, 1, (6, 1, 24)).astype(np.float16).astype(np.float32)
+  low = -7.5 * step * rng.uniform(0.8, 1.2, (6, 1, 24)).astype(np.float16).astype(np.float32)
+  w = (codes * step + low).reshape(-1, 24)
+  kernel = Int4Kernel.quantize(jnp.asarray(w))
+  unpacked = np.stack([kernel.codes & 15, kernel.codes >> 4], axis=1).reshape(-1, 24)
+  np.testing.assert_array_equal(unpacked, codes.reshape(-1, 24))
+  error = np.linalg.norm(kernel.dequantize(jnp.float32) - w) / np.linalg.norm(w)
+  assert error < 0.01
+  assert np.linalg.norm(Nf4Kernel.quantize(jnp.asarray(w)).dequantize(jnp.float32) - w) > 5 * (
+    error * np.linalg.norm(w)
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS)
