@@ -197,8 +197,8 @@ class RunDirectory:
         not part of it: a later call may add more of them.
 
     Raises:
-      UserError: the directory holds a run with another configuration, is in use, or
-        cannot be written to.
+      UserError: the directory holds a run with another configuration or of another
+        version, is in use, or cannot be written to.
     """
     self.lock()
     file = self.path / 'run.json'
@@ -216,6 +216,12 @@ class RunDirectory:
         )
       old, new = flatten_dict(held, sep='.'), flatten_dict(shared, sep='.')
       differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+      unknown = [key for key in differing if key not in old or key not in new]
+      if unknown:
+        raise UserError(
+          f'{self.path} holds a run of another version of this project, whose settings differ in '
+          f'{unknown[0]}; give another --out'
+        )
       if differing:
         key = differing[0]
         raise UserError(
