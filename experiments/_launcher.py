@@ -132,6 +132,11 @@ def _stop_at_once(signum: int, frame: FrameType | None) -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+  # --help lists those of the main module alone, unless others are declared its own.
+  for module, shared in flags.FLAGS.flags_by_module_dict().items():
+    if module.startswith('experiments.'):
+      for flag in shared:
+        flags.FLAGS.register_key_flag_for_module(argv[0], flag)
   try:
     return flags.FLAGS(argv)
   except SystemExit:

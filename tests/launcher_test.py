@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,21 @@ def test_a_cpu_has_bfloat16_where_it_says_so(tmp_path, text, fast):
 
 def test_a_system_that_does_not_tell_has_no_fast_bfloat16(tmp_path):
   assert not _launcher.cpu_has_bfloat16(tmp_path / 'missing')
+
+
+@pytest.mark.parametrize('command', ['ablate', 'train', 'evaluate'])
+def test_help_lists_the_flags_that_commands_share(command):
+  done = subprocess.run(
+    [sys.executable, '-m', f'experiments.{command}', '--help'],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=True,
+  )
+  listed = set(re.findall(r'^  --(?:\[no\])?(\w+)', done.stdout, re.MULTILINE))
+  assert {'base', 'data', 'dtype', 'max_length', 'quantize'} <= listed
+  if command == 'ablate':
+    table = (ROOT / 'README.md').read_text().split('| flag | |')[1].split('\n\n')[0]
+    promised = re.findall(r'--(\w+)', ''.join(re.findall(r'^\| `(.*?)` \|', table, re.MULTILINE)))
+    assert len(promised) > 20
+    assert {*promised} <= listed
