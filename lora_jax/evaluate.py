@@ -76,7 +76,7 @@ def score_task(
     tokenizer: the base's.
     prompts: token ids of each example's prompt, from `encode_prompt`.
     max_new_tokens: the longest prediction, its end included.
-    batch_rows: prompts that run together.
+    batch_rows: prompts that run together, where there are so many.
     what: name of the work for the progress display.
 
   Raises:
@@ -85,6 +85,7 @@ def score_task(
   start = time.perf_counter()
   # Rows of like length share a batch, so that little of it is padding.
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  batch_rows = min(batch_rows, len(prompts))
   predictions = [''] * len(prompts)
   generated = unfinished = 0
   with Progress(what, len(prompts), unit='row') as progress:

@@ -64,6 +64,16 @@ def run(task, rows, new=NEW, params=None):
   return evaluate.score_task(model, params, task, rows, tokenizer, prompts, new, BATCH_ROWS)
 
 
+def test_few_rows_are_not_filled_up_to_a_whole_batch(monkeypatch):
+  shapes = []
+  pad = lambda prompts, rows: shapes.append(rows) or pad_prompts(prompts, rows)
+  pad_prompts = evaluate.pad_prompts
+  monkeypatch.setattr(evaluate, 'pad_prompts', pad)
+  run(CHOOSE, examples(2))
+  run(CHOOSE, examples(BATCH_ROWS + 2))
+  assert shapes == [2, BATCH_ROWS, BATCH_ROWS]
+
+
 @pytest.mark.parametrize('task', [CHOOSE, WRITE])
 def test_company_does_not_change_a_prediction_and_order_is_kept(task):
   rows = examples()
