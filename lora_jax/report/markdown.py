@@ -99,7 +99,8 @@ def _what_was_run(results: Results) -> str:
     f'{code(results.base["sha256"][:12])}), compared with LoRA adapters of rank {lora["rank"]}, '
     f'alpha {lora["alpha"]:g}{_variant(lora)}, one set of target modules a column. '
     f'All train alike: {train["steps"]} steps of {train["tokens_per_batch"]:,} tokens (padding '
-    f'included), rows of at most {train["max_length"]:,} tokens, AdamW at a peak rate of '
+    "included, and as near as a dataset's rows allow), rows of at most "
+    f'{train["max_length"]:,} tokens, AdamW at a peak rate of '
     f'{optim["learning_rate"]:g} for A and {optim["lr_ratio"]:g} times that for B, '
     f'{train["dtype"]}{quantized}{_ends(train)}; '
     f'{_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
@@ -297,24 +298,31 @@ def _rows(results: Results) -> str:
       dataset.title,
       portable(dataset.rows['description']),
       *(str(dataset.rows.get(key, NOTHING)) for key in ('train', 'eval', 'test')),
-      *(str(dataset.rows.get(key, NOTHING)) for key in ('row_length', 'prompt_limit')),
-      *(str(dataset.rows.get(key, NOTHING)) for key in ('left_out', 'cut_completions')),
+      _batch(dataset.rows),
+      *(
+        str(dataset.rows.get(key, NOTHING))
+        for key in ('prompt_limit', 'left_out', 'cut_completions')
+      ),
     ]
     for dataset in results.datasets
   ]
   header = ['dataset', 'source', 'trained on', 'watched', 'scored']
-  header += ['row length', 'prompt limit', 'left out', 'completions cut']
+  header += ['batch', 'prompt limit', 'left out', 'completions cut']
   notes = [f'- {d.title}: {d.rows["note"]}' for d in results.datasets if d.rows['note']]
   return '\n\n'.join(
     [
       tables.markdown(header, rows, left=2)
-      + '\n\nWatched: rows of the train split kept out of training to follow the loss. Row length: '
-      'tokens of a training row, which packs several examples where they are short. Prompt limit: '
-      'tokens of a prompt, whose document is cut to fit. Left out: training '
+      + '\n\nWatched: rows of the train split kept out of training to follow the loss. Batch: rows '
+      'times tokens of a training step; such a row packs several of the data where they are short. '
+      'Prompt limit: tokens of a prompt, whose document is cut to fit. Left out: training '
       'rows whose prompt does not fit. Completions cut: training targets longer than the budget.',
       *(['\n'.join(notes)] if notes else []),
     ]
   )
+
+
+def _batch(rows: dict[str, Any]) -> str:
+  return f'{rows["batch_rows"]} × {rows["row_length"]}' if 'row_length' in rows else NOTHING
 
 
 def _status(results: Results) -> list[str]:
