@@ -224,6 +224,7 @@ def test_what_was_run_is_said(run):
     '4 times that for B',
     f'{quick.steps} steps of {quick.tokens_per_batch:,} tokens',
     '512 tokens',
+    f'at most {PRESETS["quick"].eval.max_new_tokens} tokens.',
     'bfloat16',
     '1 seed (0)',
     'preset `quick`',

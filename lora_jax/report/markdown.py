@@ -315,7 +315,8 @@ def _rows(results: Results) -> str:
       + '\n\nWatched: rows of the train split kept out of training to follow the loss. Batch: rows '
       'times tokens of a training step; such a row packs several of the data where they are short. '
       'Prompt limit: tokens of a prompt, whose document is cut to fit. Left out: training '
-      'rows whose prompt does not fit. Completions cut: training targets longer than the budget.',
+      'rows whose prompt does not fit. Completions cut: training targets longer than an answer may '
+      f'be, at most {results.shared["settings"]["eval"]["max_new_tokens"]} tokens.',
       *(['\n'.join(notes)] if notes else []),
     ]
   )
