@@ -1,6 +1,6 @@
 """The canonical datasets on the Hugging Face hub: ids, splits, and how rows are laid out.
 
-Needs `pip install lora_jax[hub]` and the network. Layouts are those of the dataset
+Needs `pip install -e .[hub]` and the network. Layouts are those of the dataset
 cards; the tests run them against a stand-in for the hub, not against the hub itself.
 
 Where a dataset publishes one split, rows are held out by a hash of what makes them
@@ -76,7 +76,7 @@ def _library(hub: Hub) -> tuple[Callable[..., Rows], Callable[..., str]]:
     import datasets  # pyright: ignore[reportMissingImports]
     import huggingface_hub  # pyright: ignore[reportMissingImports]
   except ImportError:
-    raise UserError('the hub source needs `pip install lora_jax[hub]`') from None
+    raise UserError('the hub source needs `pip install -e .[hub]`') from None
   return hub.load or datasets.load_dataset, hub.download or huggingface_hub.snapshot_download
 
 
