@@ -368,6 +368,11 @@ def test_models_that_the_transformer_cannot_be_are_refused(tmp_path, changes, me
   assert str(path) in one_line(error)
 
 
+def test_a_file_that_was_joined_from_parts_is_a_whole_one(tmp_path):
+  joined = tiny_gguf.write(tmp_path / 'joined.gguf', split__count=0)
+  assert_same_tree(load(joined)[1], load(tiny_gguf.write(tmp_path / 'a.gguf'))[1])
+
+
 @pytest.mark.parametrize('name', ['token_embd.weight', 'output_norm.weight', 'blk.1.ffn_up.weight'])
 def test_missing_tensor_is_named(tmp_path, name):
   weights = tiny_gguf.llama_cpp_weights(tiny_gguf.hugging_face_weights())

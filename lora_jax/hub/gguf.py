@@ -131,12 +131,15 @@ def open_file(path: str | Path) -> GgufFile:
     metadata, tensors = _header(data)
   except _DamagedError as error:
     raise UserError(f'{path}: {error}; delete it and fetch it again') from error
-  if metadata.get('split.count', 1) != 1:
+  file = GgufFile(path, metadata, tensors, data)
+  # The tool that joins parts leaves the key at 0.
+  count = file.require('split.count', int, 0)
+  if count > 1:
     raise UserError(
-      f'{path}: is one of {metadata["split.count"]} parts; join them with '
+      f'{path}: is one of {count} parts; join them with '
       'llama-gguf-split --merge and give the whole'
     )
-  return GgufFile(path, metadata, tensors, data)
+  return file
 
 
 class _DamagedError(Exception):
