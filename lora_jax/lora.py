@@ -154,11 +154,12 @@ def merge(params: Params, adapters: Params, scale: Scale) -> dict:
     scale: alpha / rank of every module, or for each path one for each layer.
 
   Returns:
-    Plain parameters.
+    The base's tree; a quantised kernel without an adapter stays what it is.
   """
-  attached = _flatten(attach(params, adapters, scale))
-  plain = lambda leaf: dense(leaf, jnp.float32) if isinstance(leaf, LoraKernel) else leaf
-  return unflatten_dict({path: plain(leaf) for path, leaf in attached.items()}, sep='/')
+  flat = _flatten(attach(params, adapters, scale))
+  for path in modules(adapters):
+    flat[f'{path}/kernel'] = dense(flat[f'{path}/kernel'], jnp.float32)
+  return unflatten_dict(flat, sep='/')
 
 
 def split_fused(adapters: Params) -> dict:
