@@ -21,7 +21,8 @@ from lora_jax import lora
 from lora_jax.evaluate import pad_prompts
 from lora_jax.hub import adapters, huggingface, peft, snapshot, tokenizer_save
 from lora_jax.hub.bases import NAMES, Base
-from lora_jax.records import new_directory
+from lora_jax.hub.chat_template import PLAIN
+from lora_jax.records import new_directory, write_text
 from lora_jax.transformer import Transformer
 
 DTYPES = ('bfloat16', 'float16', 'float32')
@@ -121,6 +122,9 @@ def save(out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Pat
   with new_directory(out) as directory:
     if like is None:
       tokenizer_save.save(directory, base.tokenizer, base.config.max_length)
+    elif base.tokenizer.template.source == PLAIN:
+      # The adapter learned the form that we gave a base without one.
+      write_text(directory / 'chat_template.jinja', base.tokenizer.template.standalone())
     huggingface.save(directory, base.config, params, like, dtype)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import tiny_gguf
 import tiny_model
 import tiny_tokenizers
 
+from lora_jax import merging
 from lora_jax.errors import UserError
 from lora_jax.hub import bases, huggingface, snapshot, tiny, wheel
 
@@ -265,6 +267,19 @@ def test_own_directory(checkpoint):
     'weights': 'BF16',
     'licence': 'mit',
   }
+
+
+def test_a_merged_checkpoint_has_the_form_that_its_base_had_to_be_given(checkpoint, tmp_path):
+  file = checkpoint / 'tokenizer_config.json'
+  settings = json.loads(file.read_text()) | {'chat_template': None, 'add_bos_token': True}
+  file.write_text(json.dumps(settings))
+  base = bases.load(str(checkpoint))
+  merging.save(tmp_path / 'merged', base, base.params, 'bfloat16', like=checkpoint)
+  again = bases.load(str(tmp_path / 'merged'))
+  chat = [{'role': 'user', 'content': 'a'}]
+  assert base.record['chat_template']
+  assert 'chat_template' not in again.record
+  assert again.tokenizer.render(chat) == base.tokenizer.render(chat)
 
 
 def test_a_model_of_the_hub(checkpoint, monkeypatch):

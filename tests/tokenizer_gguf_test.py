@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 
 from lora_jax.config import CACHE
 from lora_jax.errors import UserError
-from lora_jax.hub import bases, gguf
+from lora_jax.hub import bases, gguf, tokenizer_hf, tokenizer_save
 from lora_jax.hub.tokenizer_gguf import from_gguf
 
 
@@ -309,6 +309,9 @@ def test_a_base_without_a_template_gets_a_plain_one(tmp_path, adds_bos):
   assert ours.render(chat, False) == expected
   assert ours.render(chat[:1]) == f'{bos}### user\na\n\n### assistant\n'
   assert ours.eos_id == 2
+  tokenizer_save.save(tmp_path, ours, max_length=128)
+  again = tokenizer_hf.from_directory(tmp_path, ours.vocab_size)
+  assert again.encode_chat(chat, False) == ours.encode_chat(chat, False)
 
 
 def test_a_turn_s_tokens_are_special_however_they_are_typed(tmp_path):

@@ -83,6 +83,12 @@ class ChatTemplate:
     except _REFUSALS as error:
       raise UserError(f'the chat template refuses these messages: {one_line(error)}') from error
 
+  def standalone(self) -> str:
+    """The source for other readers, which do not know the name that `PLAIN` asks for."""
+    if self.source != PLAIN:
+      return self.source
+    return f'{{%- set begins_with_bos = {bool(self.names["begins_with_bos"])} %}}{PLAIN}'
+
   def turn_end(self, tokens: Collection[str]) -> str | None:
     """The first of `tokens` after an answer, or None where none follows.
 

@@ -32,7 +32,7 @@ def save(directory: Path, tokenizer: ChatTokenizer, max_length: int) -> None:
   }
   config = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
-    'chat_template': tokenizer.template.source,
+    'chat_template': tokenizer.template.standalone(),
     'model_max_length': max_length,
     # The template puts in what begins a text; decoding gives back what was encoded.
     'add_bos_token': False,
