@@ -174,6 +174,10 @@ def test_logits_as_in_transformers(tmp_path, name):
   found = tiny_model.logits(Transformer(config), params, jnp.asarray(tokens, jnp.int32))
   np.testing.assert_allclose(found, expected, atol=1e-3)
   assert np.abs(expected).max() > 0.5
+  # Trained norms are exchanged with Hugging Face's models, which have none of the offset.
+  np.testing.assert_allclose(
+    params['norm']['scale'], theirs.state_dict()['model.norm.weight'].numpy(), atol=1e-6
+  )
 
 
 def shape(tmp_path, architecture, tensors=None, **changes):
@@ -199,7 +203,7 @@ def test_gemmas_know_what_their_files_leave_out(tmp_path):
   gemma3 = shape(tmp_path, 'gemma3', llama__block_count=7, llama__attention__sliding_window=8)
   assert gemma3.windows == (8, 8, 8, 8, 8, 0, 8)
   assert gemma3.rope_thetas == (1e4,) * 5 + (5e4, 1e4)
-  assert (gemma3.attention_cap, gemma3.logit_cap, gemma3.norm_offset) == (0, 0, 0)
+  assert (gemma3.attention_cap, gemma3.logit_cap, gemma3.norm_offset) == (0, 0, 1)
   full = shape(tmp_path, 'gemma3')
   assert full.windows == full.rope_thetas == ()
 

@@ -28,8 +28,7 @@ class Family:
       where Hugging Face has (i, i + H/2).
     qk_norm: whether queries and keys are normalised.
     gemma: whether it has Gemma's norms after sublayers, activation and scaled
-      embeddings. Its norms are stored with the 1 added that Hugging Face's lack, so
-      our `norm_offset` stays 0.
+      embeddings. Its norms are stored with the 1 added that Hugging Face's lack.
     position_period: one layer in so many has no positions, the last of them; 0: none.
     window_period: the same for layers without a window, where there is one.
     window: where a file has none.
@@ -127,6 +126,7 @@ def model_config(file: GgufFile) -> ModelConfig:
     mlp_bias='blk.0.ffn_up.bias' in file.tensors,
     qk_norm=kind.qk_norm,
     post_norms=kind.gemma,
+    norm_offset=1.0 if kind.gemma else 0.0,
     activation='gelu_tanh' if kind.gemma else 'silu',
     embed_scale=math.sqrt(model_dim) if kind.gemma else 1.0,
     query_scale=_query_scale(keys, kind, num_layers, model_dim // heads),

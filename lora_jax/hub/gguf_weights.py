@@ -1,8 +1,9 @@
 """The weights in a GGUF file as the Transformer's parameter tree.
 
 Conventions of llama.cpp that differ from ours are undone here: matrices are stored
-(out, in), and where `Family.interleaved` says so the rows of query and key projections
-are paired for its rotary embedding.
+(out, in), where `Family.interleaved` says so the rows of query and key projections are
+paired for its rotary embedding, and a Gemma's norms have their offset added. Norms are
+then as in Hugging Face's files, so that trained ones may go there and come from there.
 
     config = gguf_config.model_config(file)
     params = load_params(file, config)
@@ -90,8 +91,9 @@ def load_params(file: GgufFile, config: ModelConfig) -> dict[str, Any]:
       slot[...] = (unpermute(value, heads) if heads else value).T
     return out
 
+  norm = lambda scale: {'scale': scale - np.float32(config.norm_offset)}
   layers: dict[str, Any] = {
-    module: {'scale': stack(f'{name}.weight', D)} for module, name in norms.items()
+    module: norm(stack(f'{name}.weight', D)) for module, name in norms.items()
   }
   for block, modules in _KERNELS.items():
     layers[block] = {}
@@ -102,11 +104,11 @@ def load_params(file: GgufFile, config: ModelConfig) -> dict[str, Any]:
         leaves['bias'] = stack(f'{name}.bias', out_dim, heads=heads)
       layers[block][module] = leaves
   for module, name in head_norms.items():
-    layers['attn'][module] = {'scale': stack(f'{name}.weight', config.head_dim)}
+    layers['attn'][module] = norm(stack(f'{name}.weight', config.head_dim))
   params: dict[str, Any] = {
     'embed_tokens': {'embedding': np.array(_read(file, 'token_embd.weight', (V, D)))},
     'layers': layers,
-    'norm': {'scale': np.array(_read(file, 'output_norm.weight', (D,)))},
+    'norm': norm(_read(file, 'output_norm.weight', (D,))),
   }
   if not config.tie_embeddings:
     head = _read(file, 'output.weight', (V, D))
