@@ -12,6 +12,11 @@ class UserError(Exception):
   """A mistake in what the user gave. Its text is one line and names the remedy."""
 
 
+def one_line(error: Exception) -> str:
+  """What an error of another library says, in one line."""
+  return ' '.join(str(error).split())
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
   """Turns what the user can mend into one line on stderr and exit code 2.

@@ -22,7 +22,7 @@ import urllib.parse
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -86,11 +86,22 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes bytes as `write_json` does."""
+  with new_file(path) as file:
+    file.write(content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+  """A file to fill, which is at `path` whole after the block; till then the old one is.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open('wb') as file:
-      file.write(content)
+      yield file
       file.flush()
       os.fsync(file.fileno())
     temporary.replace(path)

@@ -25,6 +25,7 @@ from lora_jax.errors import UserError
 from lora_jax.hub import safetensors_file
 from lora_jax.hub.hf_config import CONFIG, model_config, read
 from lora_jax.hub.hf_llama import llama_settings
+from lora_jax.hub.hf_names import name_of
 from lora_jax.hub.safetensors_file import DTYPES, SafetensorsFile, Tensor
 from lora_jax.records import write_json
 from lora_jax.transformer import abstract_params
@@ -214,12 +215,9 @@ def _leaves(config: ModelConfig) -> dict[str, Any]:
 
 def _name(path: str, layer: int | None) -> str:
   """What Hugging Face calls a leaf, or a layer of it."""
-  *modules, leaf = path.split('/')
-  if layer is not None:
-    modules[0] = f'layers.{layer}'
-  if modules[0] != 'lm_head':
-    modules = ['model', *('self_attn' if module == 'attn' else module for module in modules)]
-  return '.'.join([*modules, _LEAVES[leaf]])
+  module, leaf = path.rsplit('/', 1)
+  prefix = '' if module == 'lm_head' else 'model.'
+  return f'{prefix}{name_of(module, layer)}.{_LEAVES[leaf]}'
 
 
 def _stored_shape(path: str, leaf: Any) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.peft_config import CONFIG, alpha_of, name_of, read_settings
+from lora_jax.hub.hf_names import name_of
+from lora_jax.hub.peft_config import CONFIG, alpha_of, read_settings
 from lora_jax.hub.peft_tensors import WEIGHTS, check_against, read_tensors
 from lora_jax.records import read_json, write_bytes, write_json
 from lora_jax.targets import targetable
@@ -91,7 +92,7 @@ def unscaled(params: Mapping[str, Any], **about: str) -> Adapter:
   owned = {module.owner: module.leaves['a'] for module in lora.modules(params).values()}
   ranks = {owner: (a.shape[-1],) * a.shape[0] for owner, a in owned.items()}
   alphas = {owner: tuple(map(float, held)) for owner, held in ranks.items()}
-  return Adapter(params, ranks, alphas, **about)
+  return Adapter(params, ranks, alphas, False, **about)
 
 
 @dataclasses.dataclass(frozen=True)

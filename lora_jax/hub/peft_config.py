@@ -1,7 +1,6 @@
 """`adapter_config.json`: what PEFT's settings mean, and which of them are not read here.
 
-A module's name is that of Hugging Face without the model's own prefix, `layers.3.mlp.up_proj`
-or `norm`; with the prefix, `model.layers.3.mlp.up_proj`, it is what PEFT's patterns see.
+PEFT's patterns see a module's name with the model's own prefix, `model.layers.3.mlp.up_proj`.
 """
 
 import json
@@ -14,9 +13,6 @@ from typing import Any
 from lora_jax.errors import UserError
 
 CONFIG = 'adapter_config.json'
-
-# Our block -> the Hugging Face name of the module that holds its Dense layers.
-_BLOCKS = {'attn': 'self_attn', 'mlp': 'mlp'}
 
 # Settings that are read, and those that say nothing about what a finished adapter computes.
 _READ = {
@@ -88,25 +84,6 @@ def _check_patterns(file: Path, settings: Mapping[str, Any]) -> None:
       re.compile(pattern)
     except re.error as error:
       raise UserError(f'{file}: {key} {pattern!r} is no pattern ({error})') from error
-
-
-def name_of(path: str, layer: int | None) -> str:
-  """The name of a module of ours: `layers.3.self_attn.q_proj` for `layers/attn/q_proj` in 3."""
-  first, *rest = path.split('/')
-  if layer is None:
-    return '.'.join([first, *rest])
-  return '.'.join([first, str(layer), *(_BLOCKS.get(part, part) for part in rest)])
-
-
-def path_of(name: str) -> tuple[str, int | None]:
-  """The inverse of `name_of`; a name that is none of ours gives a path that no base has."""
-  match = re.fullmatch(r'layers\.(\d+)\.(.+)', name)
-  if match is None:
-    return name, None
-  ours = {theirs: block for block, theirs in _BLOCKS.items()}
-  return '/'.join(['layers', *(ours.get(part, part) for part in match[2].split('.'))]), int(
-    match[1]
-  )
 
 
 def is_target(settings: Mapping[str, Any], name: str) -> bool:

@@ -14,8 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.flax
 
-from lora_jax.errors import UserError
-from lora_jax.hub.peft_config import CONFIG, is_saved, is_target, name_of, path_of
+from lora_jax.errors import UserError, one_line
+from lora_jax.hub.hf_names import name_of, path_of
+from lora_jax.hub.peft_config import CONFIG, is_saved, is_target
 
 WEIGHTS = 'adapter_model.safetensors'
 
@@ -161,4 +162,4 @@ def _read(directory: Path) -> dict[str, Any]:
           raise UserError(f'{file}: tensor {name} is {kind}; give one of {", ".join(_DTYPES)}')
     return safetensors.flax.load_file(str(file))
   except (safetensors.SafetensorError, OSError, ValueError) as error:
-    raise UserError(f'{file}: damaged or cut short ({" ".join(str(error).split())})') from error
+    raise UserError(f'{file}: damaged or cut short ({one_line(error)})') from error

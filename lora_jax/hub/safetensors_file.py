@@ -11,11 +11,9 @@ their own rather than mapped, so that what a model takes while it loads can be c
 and a damaged file is told from a mistake of ours before anything is read.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.errors import UserError
+from lora_jax.records import new_file
 
 # Kinds of number that weights are stored in, as the format calls them.
 DTYPES = {
@@ -126,7 +125,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], array: Callable[[str], np.n
   """Writes a file a tensor at a time, so that `path` is the whole new file or the old one.
 
   Args:
-    path: where; its directory is there.
+    path: where; its directory is made if it is not there.
     tensors: name -> kind and shape, in the order of the file.
     array: what gives a tensor by its name, cast to its kind here.
 
@@ -142,19 +141,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], array: Callable[[str], np.n
   text = json.dumps(header, separators=(',', ':')).encode()
   # Spaces up to a multiple of 8, so that tensors lie aligned.
   text += b' ' * (-len(text) % 8)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  try:
-    with temporary.open('wb') as stream:
-      stream.write(struct.pack('<Q', len(text)) + text)
-      for name, tensor in tensors.items():
-        values = np.ascontiguousarray(array(name), DTYPES[tensor.kind])
-        assert values.shape == tensor.shape, (name, values.shape, tensor.shape)
-        stream.write(values.view(np.uint8).data)
-      stream.flush()
-      os.fsync(stream.fileno())
-    temporary.replace(path)
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {error.strerror}; give another directory') from error
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
+  with new_file(path) as stream:
+    stream.write(struct.pack('<Q', len(text)) + text)
+    for name, tensor in tensors.items():
+      values = np.ascontiguousarray(array(name), DTYPES[tensor.kind])
+      assert values.shape == tensor.shape, (name, values.shape, tensor.shape)
+      stream.write(values.view(np.uint8).data)
