@@ -53,6 +53,13 @@ def test_product_has_the_dtype_of_x_and_gradients_that_of_the_adapters(dtype):
   assert grads.dtype == jnp.float32
 
 
+def test_an_adapter_stored_in_bfloat16_is_added_in_float32():
+  kernel = lora_kernel()
+  stored = kernel.replace(a=kernel.a.astype(jnp.bfloat16), b=kernel.b.astype(jnp.bfloat16))
+  update = 0.5 * np.asarray(stored.a, np.float32) @ np.asarray(stored.b, np.float32)
+  np.testing.assert_allclose(dense(stored, jnp.float32), kernel.w + update, atol=1e-6)
+
+
 def test_adapters_stack():
   x, inner = draw(3, IN), lora_kernel(seed=1)
   outer = lora_kernel(seed=2, w=inner)
