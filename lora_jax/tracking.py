@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, one_line
 
 # Called with 'step' and the metrics of that step.
 Log = Callable[[Mapping[str, float]], None]
@@ -119,9 +119,8 @@ def _wandb(directory: Path, name: str, config: Mapping[str, Any]) -> Iterator[Lo
     run = wandb.init(dir=str(directory), name=name, config=dict(config))
   except Exception as error:
     # Its errors share no class with each other across versions.
-    text = ' '.join(str(error).split())[:200]
     raise UserError(
-      f'Weights & Biases: {text}; `wandb login`, or set WANDB_MODE=offline'
+      f'Weights & Biases: {one_line(error):.200}; `wandb login`, or set WANDB_MODE=offline'
     ) from error
 
   def log(metrics: Mapping[str, float]) -> None:

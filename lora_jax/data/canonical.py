@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from lora_jax.data.rows import check_row
 from lora_jax.data.task import Task
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, one_line
 
 Rows = Iterable[dict[str, Any]]
 
@@ -88,8 +88,8 @@ def _fetching(task: Task) -> Iterator[None]:
   except UserError:
     raise
   except Exception as error:
-    text = ' '.join(str(error).split())[:200]
-    raise UserError(f'{task.hub_id} could not be fetched ({text}); {_REMEDY}') from error
+    text = f'{task.hub_id} could not be fetched ({one_line(error):.200}); {_REMEDY}'
+    raise UserError(text) from error
 
 
 def _fetched(task: Task, rows: Rows) -> Iterator[dict[str, Any]]:

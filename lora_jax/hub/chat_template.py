@@ -19,7 +19,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, one_line
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -109,11 +109,6 @@ class ChatTemplate:
       return self.render(messages, add_generation_prompt=False)
     except UserError:
       return ''
-
-
-def one_line(error: Exception) -> str:
-  """What an error says, in one line."""
-  return ' '.join(str(error).split())
 
 
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:

@@ -136,8 +136,7 @@ def open_file(path: str | Path) -> GgufFile:
   count = file.require('split.count', int, 0)
   if count > 1:
     raise UserError(
-      f'{path}: is one of {count} parts; join them with '
-      'llama-gguf-split --merge and give the whole'
+      f'{path}: is one of {count} parts; join them with llama-gguf-split --merge and give the whole'
     )
   return file
 

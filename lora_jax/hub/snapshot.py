@@ -10,8 +10,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from lora_jax.errors import UserError
-from lora_jax.hub.chat_template import one_line
+from lora_jax.errors import UserError, one_line
 
 _ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 _WANTED = ['*.json', '*.safetensors', '*.jinja', 'README.md']

@@ -12,9 +12,9 @@ published tokenizer.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, one_line
 from lora_jax.hub import tokenizer_json
-from lora_jax.hub.chat_template import PLAIN, ChatTemplate, one_line
+from lora_jax.hub.chat_template import PLAIN, ChatTemplate
 from lora_jax.hub.gguf import GgufFile
 from lora_jax.hub.tokenizer import ChatTokenizer
 

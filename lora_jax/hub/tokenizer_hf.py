@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_jax.errors import UserError
+from lora_jax.errors import UserError, one_line
 from lora_jax.hub import tokenizer_json
-from lora_jax.hub.chat_template import PLAIN, ChatTemplate, one_line
+from lora_jax.hub.chat_template import PLAIN, ChatTemplate
 from lora_jax.hub.tokenizer import ChatTokenizer
 
 _TOKENIZER = 'tokenizer.json'
