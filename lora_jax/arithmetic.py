@@ -10,6 +10,7 @@ plain adapter of scale 1: fused modules are split, and where an adapter of PiSSA
 taken off. A sum never forms a kernel's update; TIES and DARE must, a layer at a time.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def _of_updates(
 
   def of_layer(layer: tuple[list[Factors], jax.Array]) -> Factors:
     factors, key = layer
-    merged = merge(jnp.stack([a @ b for a, b in factors]), key)
+    merged = merge(jnp.stack([_product(a, b) for a, b in factors]), key)
     u, s, v = jnp.linalg.svd(merged, full_matrices=False)
     return u[:, :rank], s[:rank, None] * v[:rank]
 
@@ -171,9 +172,14 @@ def _cut(a: jax.Array, b: jax.Array, rank: int) -> Factors:
   """The nearest product of rank R in the Frobenius norm (Eckart and Young 1936)."""
   in_basis, in_part = jnp.linalg.qr(a)
   out_basis, out_part = jnp.linalg.qr(b.swapaxes(-1, -2))
-  u, s, v = jnp.linalg.svd(in_part @ out_part.swapaxes(-1, -2), full_matrices=False)
+  small = _product(in_part, out_part.swapaxes(-1, -2))
+  u, s, v = jnp.linalg.svd(small, full_matrices=False)
   u, s, v = u[..., :rank], s[..., :rank, None], v[..., :rank, :]
-  return in_basis @ u, s * (v @ out_basis.swapaxes(-1, -2))
+  return _product(in_basis, u), s * _product(v, out_basis.swapaxes(-1, -2))
+
+
+# Accelerators round the factors of a product otherwise, to as little as bfloat16.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _largest(update: jax.Array, density: float) -> jax.Array:
