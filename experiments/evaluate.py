@@ -14,16 +14,13 @@ from pathlib import Path
 from absl import flags
 
 from experiments import _flags, _launcher
-from lora_jax.config import FileConfig
+from lora_jax.config import METRICS, FileConfig
 from lora_jax.errors import UserError
 from lora_jax.presets import Settings
 
-# As in `lora_jax.data.own_task`, which takes seconds to import.
-_METRICS = ('none', 'exact_match', 'choice', 'rouge', 'json_fields', 'numeric')
-
 _DATA = flags.DEFINE_string('data', None, 'The file of rows.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Directory of an adapter; none: the base alone.')
-_METRIC = flags.DEFINE_enum('metric', 'none', _METRICS, 'How predictions are compared.')
+_METRIC = flags.DEFINE_enum('metric', 'none', ['none', *METRICS], 'How predictions are compared.')
 _CHOICES = flags.DEFINE_list(
   'choices', [], "For --metric=choice: the answers to choose from, where rows have no 'choices'."
 )
@@ -62,7 +59,7 @@ def main() -> None:
   if not rows.conversations:
     raise UserError(f'{_DATA.value}: no row fits in {length} tokens; raise --max_length')
   adapter = None if directory is None else adapters.load(directory, base)
-  model, params = _flags.put_on_device(base)
+  model, params = _flags.put_on_device(base, settings.train)
   take = lambda params, what: file_scores.score(
     model, params, rows, base.tokenizer, task, settings.eval.batch_rows, what
   )

@@ -13,13 +13,14 @@ from pathlib import Path
 from absl import flags
 
 from experiments import _flags, _launcher
+from lora_jax.config import CHECKPOINT_DTYPES
 from lora_jax.errors import UserError
 from lora_jax.presets import Settings
 
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Directory of an adapter.')
 _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'], 'Of the weights that are written.'
+  'dtype', 'bfloat16', CHECKPOINT_DTYPES, 'Of the weights that are written.'
 )
 _flags.define_base(Settings().base, arithmetic=False)
 

@@ -14,6 +14,12 @@ LORA_INITS = ('default', 'pissa')
 # Where downloads, prepared rows and compiled programs are kept unless told otherwise.
 CACHE = '~/.cache/lora_jax'
 
+# What the weights of a merged checkpoint may be.
+CHECKPOINT_DTYPES = ('bfloat16', 'float16', 'float32')
+
+# How predictions of a user's own rows may be compared; see `lora_jax.data.own_task`.
+METRICS = ('exact_match', 'choice', 'rouge', 'json_fields', 'numeric')
+
 # How the kernels of a frozen base's blocks may be stored; see `lora_jax.quantize`.
 QUANTIZE = ('none', 'nf4', 'int4', 'int8')
 

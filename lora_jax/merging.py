@@ -9,7 +9,7 @@ sum is taken in float32 and rounded once, and what that costs is measured.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from lora_jax.hub.bases import NAMES, Base
 from lora_jax.hub.chat_template import PLAIN
 from lora_jax.records import new_directory, write_text
 from lora_jax.transformer import Transformer
-
-DTYPES = ('bfloat16', 'float16', 'float32')
 
 _PROMPTS = (
   'Which organ makes bile?',
@@ -83,7 +81,7 @@ def rounding(base: Base, adapter: peft.Adapter, merged: Mapping[str, Any], dtype
   real_BT = np.arange(tokens_BT.shape[1]) < lengths_B[:, None]
   taken = [
     # A tree at a time, so that no more than these logits are held.
-    np.asarray(logits_of(params))[real_BT]
+    _exact(logits_of, params)[real_BT]
     for params in (adapters.attach(_float32(base.params), adapter), merged, cast)
   ]
   unmerged_TV, merged_TV, cast_TV = taken
@@ -111,7 +109,7 @@ def save(out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Pat
     out: a new directory.
     base: whose shape and tokenizer it has.
     params: from `merge`.
-    dtype: of the weights, of `DTYPES`.
+    dtype: of the weights, of `config.CHECKPOINT_DTYPES`.
     like: the directory that the base came from, whose files are copied; None: it came
       from another format, and they are written.
 
@@ -126,6 +124,12 @@ def save(out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Pat
       # The adapter learned the form that we gave a base without one.
       write_text(directory / 'chat_template.jinja', base.tokenizer.template.standalone())
     huggingface.save(directory, base.config, params, like, dtype)
+
+
+def _exact(function: Callable[[Any], jax.Array], params: Any) -> np.ndarray:
+  # Accelerators round the factors of a product otherwise, to as little as bfloat16.
+  with jax.default_matmul_precision('highest'):
+    return np.asarray(function(params))
 
 
 def _float32(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from lora_jax.config import METRICS
 from lora_jax.data import encode, messages, own_task
 from lora_jax.errors import UserError
 from lora_jax.hub import bases
@@ -267,6 +268,10 @@ def test_the_task_of_own_rows_poses_what_training_saw(tokenizer):
     assert task.target(own_task.example(row)) == row.answer
 
 
+def test_every_metric_can_be_asked_for():
+  assert set(METRICS) == {*own_task.METRICS}
+
+
 @pytest.mark.parametrize(
   ('metric', 'answer', 'right', 'wrong'),
   [
@@ -274,6 +279,7 @@ def test_the_task_of_own_rows_poses_what_training_saw(tokenizer):
     ('choice', 'B', 'B', 'A'),
     ('rouge', 'Bile is made by the liver.', 'Bile is made by the liver.', 'No idea at all.'),
     ('json_fields', '{"a": 1}', 'Sure: {"a": "1"}', '{"a": 2}'),
+    ('json_fields', '{}', 'Nothing: {}', '{"a": 2}'),
     ('numeric', '6 + 6 = 12\nSo 12', 'It is 12.0', 'It is 13'),
   ],
 )

@@ -51,6 +51,10 @@ def _fields(prediction: str, answer: str) -> dict[str, float]:
   }
 
 
+def _no_object(answer: str) -> str:
+  return 'holds no JSON object' if json_score.parse_object(answer) is None else ''
+
+
 def _amount(text: str) -> Quantity | None:
   """What the last line gives, where a chain of thought would put its answer, or the text."""
   last = (text.strip().splitlines() or [''])[-1]
@@ -67,9 +71,7 @@ METRICS: dict[str, Metric] = {
   'exact_match': Metric(_exact, 'exact_match'),
   'choice': Metric(lambda said, answer: {'accuracy': float(said == answer.strip())}, 'accuracy'),
   'rouge': Metric(rouge.rouge, 'rouge_lsum'),
-  'json_fields': Metric(
-    _fields, 'field_f1', lambda a: '' if json_score.parse_object(a) else 'holds no JSON object'
-  ),
+  'json_fields': Metric(_fields, 'field_f1', _no_object),
   'numeric': Metric(_numeric, 'accuracy', lambda a: '' if _amount(a) else 'holds no number'),
 }
 
