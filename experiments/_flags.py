@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from experiments import _launcher
-from lora_jax.config import CACHE
+from lora_jax.config import CACHE, QUANTIZE, TrainConfig
 from lora_jax.errors import UserError
 from lora_jax.presets import Settings
 
@@ -140,6 +140,12 @@ def cache() -> Path:
   return path
 
 
+def check_seed(seed: int) -> None:
+  """Raises `UserError` for a number that is no seed."""
+  if not 0 <= seed < 2**32:
+    raise UserError(f'--seed={seed}: give a whole number from 0 to 4294967295')
+
+
 def check_targets(targets: Sequence[str]) -> None:
   """Raises `UserError` for a set that matches nothing, before any download.
 
@@ -177,13 +183,12 @@ def load_base(name: str) -> 'Base':
   return base
 
 
-def put_on_device(base: 'Base', remat: bool = False) -> tuple['Transformer', Any]:
-  """The base's model and its parameters as --dtype says."""
-  import jax
+def put_on_device(base: 'Base', config: TrainConfig) -> tuple['Transformer', Any]:
+  """The base's model and its parameters, stored as `config` says."""
   import jax.numpy as jnp
 
   from lora_jax.transformer import Transformer
 
-  kind = jnp.dtype(dtype())
-  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), base.params)
-  return Transformer(base.config, dtype=kind, remat=remat), params
+  kind = jnp.dtype(config.dtype)
+  params = quantize.store(base.params, kind, config.quantize)
+  return Transformer(base.config, dtype=kind, remat=config.remat), params

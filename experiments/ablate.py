@@ -76,40 +76,8 @@ def settings_from_flags() -> Settings:
   Raises:
     UserError: a value that makes no sense.
   """
-  settings = PRESETS[_PRESET.value]
-  if _BASE.value is not None:
-    settings = dataclasses.replace(settings, base=_BASE.value)
-  for flag, (section, field) in _OVERRIDES.items():
-    value = flags.FLAGS[flag].value
-    if value is None:
-      continue
-    allowed = value >= 0 if flag in _AT_LEAST_ZERO else value > 0
-    if not allowed or math.isinf(value):
-      least = 'from' if flag in _AT_LEAST_ZERO else 'above'
-      raise UserError(f'--{flag}={value}: give a number {least} zero')
-    part = dataclasses.replace(getattr(settings, section), **{field: value})
-    settings = dataclasses.replace(settings, **{section: part})
-  if settings.lora.dropout >= 1:
-    raise UserError(f'--dropout={settings.lora.dropout}: give a share below 1')
-  if settings.train.max_length < 64:
-    raise UserError(f'--max_length={settings.train.max_length}: give at least 64 tokens')
-  changes = {'dtype': _dtype(_DTYPE.value)}
-  given = {field: flags.FLAGS[field].value for field in ('remat', 'quantize')}
-  changes |= {field: value for field, value in given.items() if value is not None}
-  return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
-
-
-def _dtype(name: str) -> str:
-  """What 'auto' means here: bfloat16, but for a CPU that multiplies it slowly."""
-  if name != 'auto':
-    return name
-  import jax
-
-  if jax.default_backend() != 'cpu':
-    return 'bfloat16'
-  version = tuple(int(part) for part in jax.__version__.split('.')[:2])
-  fast = version >= (0, 11) and _launcher.cpu_has_bfloat16()
-  return 'bfloat16' if fast else 'float32'
+  preset = PRESETS[_PRESET.value]
+  return _flags.changed(dataclasses.replace(preset, lora=_lora_flags.lora_config(preset.lora)))
 
 
 def _seeds() -> tuple[int, ...]:
@@ -125,7 +93,8 @@ def _seeds() -> tuple[int, ...]:
 
 def main() -> None:
   """Checks everything that can be checked, then runs, then reports."""
-  # The project's modules take a few seconds to import; --help should not wait for them.
+  settings, seeds = settings_from_flags(), _seeds()
+  # The project's modules take a few seconds to import; --help and a mistake above should not.
   from lora_jax import lora
   from lora_jax.data import sources, tasks
   from lora_jax.hub import bases
@@ -138,9 +107,8 @@ def main() -> None:
   targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or default_targets
   _flags.check_targets(targets)
   grid = Grid(
-    tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value), targets, _seeds()
+    tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value), targets, seeds
   )
-  settings = settings_from_flags()
   bases.check_name(settings.base)
   source = _source(settings, sources)
   for task in grid.tasks:

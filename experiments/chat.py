@@ -36,8 +36,7 @@ def main() -> None:
     raise UserError(f'--temperature={_TEMPERATURE.value}: give a number from zero')
   if not 0 < _TOP_P.value <= 1:
     raise UserError(f'--top_p={_TOP_P.value}: give a share above 0, at most 1')
-  if not 0 <= _SEED.value < 2**32:
-    raise UserError(f'--seed={_SEED.value}: give a whole number from 0 to 4294967295')
+  _flags.check_seed(_SEED.value)
   if _CONTEXT.value is not None and _CONTEXT.value < 64:
     raise UserError(f'--context={_CONTEXT.value}: give at least 64 tokens')
   if _PROMPT.value is not None and not _PROMPT.value.strip():
@@ -54,7 +53,7 @@ def main() -> None:
     adapters.check(directory)
   base = _flags.load_base(settings.base)
   adapter = None if directory is None else adapters.load(directory, base)
-  model, params = _flags.put_on_device(base)
+  model, params = _flags.put_on_device(base, settings.train)
   answerer = chat.Answerer(
     model,
     base.tokenizer,

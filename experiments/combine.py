@@ -35,8 +35,7 @@ def main() -> None:
     raise UserError('give --adapter=DIRECTORY:WEIGHT, once for each, and --out=DIRECTORY')
   if _RANK.value < 1:
     raise UserError(f'--rank={_RANK.value}: give a number above zero')
-  if not 0 <= _SEED.value < 2**32:
-    raise UserError(f'--seed={_SEED.value}: give a whole number from 0 to 4294967295')
+  _flags.check_seed(_SEED.value)
   if not 0 < _DENSITY.value <= 1:
     raise UserError(f'--density={_DENSITY.value}: give a share above 0 and at most 1')
   # They take seconds to import, and a mistake above should not.

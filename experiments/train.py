@@ -20,7 +20,7 @@ from absl import flags
 from experiments import _flags, _launcher, _lora_flags
 from lora_jax.config import FileConfig
 from lora_jax.errors import UserError
-from lora_jax.presets import Settings
+from lora_jax.presets import OWN_ROWS
 from lora_jax.tracking import PACKAGES, check_trackers
 
 _ROWS = FileConfig()
@@ -38,13 +38,10 @@ _TARGETS = flags.DEFINE_string('targets', 'o_proj,fc2', 'Modules to adapt, joine
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the adapter, the order of rows and what is kept out.')
 _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
 _TRACK = flags.DEFINE_list('track', [], f'Where metrics go too: {", ".join(PACKAGES)}.')
-_SETTINGS = dataclasses.replace(
-  Settings(), train=dataclasses.replace(Settings().train, steps=0, keep_best=True)
-)
 _flags.define_base()
 _flags.define_changes(
   'steps', 'lr', 'lr_ratio', 'tokens_per_batch', 'max_length', 'eval_every', 'patience',
-  'keep_best', 'remat', of=_SETTINGS,
+  'keep_best', 'remat', of=OWN_ROWS,
 )  # fmt: skip
 
 
@@ -53,9 +50,10 @@ def main() -> None:
   if not _DATA.value or not _OUT.value:
     raise UserError('give --data=FILE.jsonl and --out=DIRECTORY')
   rows_config = _file_config()
-  if not 0 <= _SEED.value < 2**32:
-    raise UserError(f'--seed={_SEED.value}: give a whole number from 0 to 4294967295')
+  _flags.check_seed(_SEED.value)
   check_trackers(_TRACK.value)
+  settings = dataclasses.replace(OWN_ROWS, lora=_lora_flags.lora_config(OWN_ROWS.lora))
+  settings = _flags.changed(settings)
   # They take seconds to import, and a mistake above should not.
   from lora_jax import finetune, records
   from lora_jax.data import messages
@@ -65,8 +63,6 @@ def main() -> None:
   _launcher.imported()
   out = Path(_OUT.value).expanduser()
   records.check_new(out / finetune.ADAPTER)
-  settings = _flags.changed(_SETTINGS)
-  settings = dataclasses.replace(settings, lora=_lora_flags.lora_config(settings.lora))
   _flags.check_targets([_TARGETS.value])
   bases.check_name(settings.base)
   data = messages.read(Path(_DATA.value).expanduser())
@@ -93,7 +89,7 @@ def main() -> None:
   )
   if settings.train.patience and not rows.watched:
     print('no rows watch the loss, so --patience changes nothing', file=sys.stderr)
-  model, params = _flags.put_on_device(base, settings.train.remat)
+  model, params = _flags.put_on_device(base, settings.train)
   with _launcher.stop_on_interrupt('stopping after this step') as stop:
     try:
       outcome = finetune.run(job, base, model, params, rows, out, _TRACK.value, stop)

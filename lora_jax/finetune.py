@@ -28,7 +28,9 @@ from lora_jax.data.pipeline import (
 )
 from lora_jax.errors import UserError
 from lora_jax.hub import peft
+from lora_jax.hub.adapters import ADAPTER
 from lora_jax.hub.bases import Base
+from lora_jax.presets import OWN_ROWS
 from lora_jax.records import (
   FORMAT,
   RunDirectory,
@@ -40,8 +42,6 @@ from lora_jax.records import (
 from lora_jax.tracking import open_trackers
 from lora_jax.train import DivergedError, Outcome, train
 from lora_jax.transformer import Transformer
-
-ADAPTER = 'adapter'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,7 @@ class Job:
   seed: int = 0
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-  train: TrainConfig = dataclasses.field(
-    default_factory=lambda: TrainConfig(steps=0, keep_best=True)
-  )
+  train: TrainConfig = OWN_ROWS.train
   file: FileConfig = dataclasses.field(default_factory=FileConfig)
 
 

@@ -65,6 +65,9 @@ PRESETS = {
   ),
 }
 
+# Training on a user's own rows: as many steps as their epochs take, and the best is kept.
+OWN_ROWS = Settings(train=TrainConfig(steps=0, keep_best=True))
+
 # The article's configurations beside the base.
 ARTICLE_TARGETS = (
   'qkv',

@@ -19,6 +19,9 @@ from lora_jax.hub.bases import Base
 from lora_jax.records import read_json, read_record
 
 _FORMS = "a directory in PEFT's format, of a training run, or the .adapter of a finished cell"
+_CELL = '.adapter'
+# What a training run's directory holds it under.
+ADAPTER = 'adapter'
 
 
 def check(directory: Path) -> None:
@@ -71,9 +74,9 @@ def _find(directory: Path) -> Path:
   """The directory that holds the adapter itself."""
   if (directory / peft.CONFIG).is_file() or (directory / peft.WEIGHTS).is_file():
     return directory
-  if (directory / 'adapter' / peft.CONFIG).is_file():
-    return directory / 'adapter'
-  if directory.suffix == '.adapter' and directory.is_dir():
+  if (directory / ADAPTER / CONFIG).is_file():
+    return directory / ADAPTER
+  if is_cell(directory) and directory.is_dir():
     record = directory.with_suffix('.json')
     if not record.is_file():
       raise UserError(f'no {record}; the cell did not finish, run the ablation again')
