@@ -10,14 +10,18 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 # Sharding is tested on any machine.
 jax.config.update('jax_num_cpu_devices', 8)
 # Programs here run once on little data: nearly all of a test's time is compilation.
-# `optimised` undoes it where the optimiser is what might break the property.
 jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture
 def optimised():
-  jax.config.update('jax_disable_most_optimizations', False)
-  jax.clear_caches()
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
-  jax.clear_caches()
+  """Compiles as users do, where the compiler's optimiser is what might break the property."""
+
+
+@pytest.fixture(autouse=True)
+def _compiler(request):
+  quick = 'optimised' not in request.fixturenames
+  if jax.config.read('jax_disable_most_optimizations') != quick:
+    jax.config.update('jax_disable_most_optimizations', quick)
+    # Neighbours that want the same keep what was compiled.
+    jax.clear_caches()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny_model
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded import base_specs, put
 from tiny_model import CONFIG, MODEL, RANK, SCALE
 
 from lora_jax import lora
@@ -281,18 +281,6 @@ def test_sizes_at_rank_16(targets, millions):
 
 # Sharding.
 
-COLUMN, ROW = P(None, 'fsdp', 'tensor'), P(None, 'tensor', 'fsdp')
-
-
-def base_specs():
-  def spec(path, leaf):
-    name = path[-2].key
-    if leaf.ndim != 3:
-      return P(*[None] * leaf.ndim)
-    return ROW if name in ('o_proj', 'down_proj') else COLUMN
-
-  return jax.tree_util.tree_map_with_path(spec, tiny_model.params())
-
 
 def test_an_adapter_takes_the_sharding_of_its_kernel():
   specs = lora.specs(base_specs(), fresh('o_proj,q_proj'))['layers']['attn']
@@ -301,12 +289,6 @@ def test_an_adapter_takes_the_sharding_of_its_kernel():
 
 
 def test_sharded_over_eight_devices_equals_one():
-  mesh = jax.make_mesh(
-    (2, 2, 2),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=jax.devices('cpu')[:8],
-  )
   base, adapters, tokens_BT = (
     tiny_model.params(),
     tiny_model.trained_adapters('all'),
@@ -317,9 +299,6 @@ def test_sharded_over_eight_devices_equals_one():
   )
   expected = work(adapters, base, tokens_BT)
 
-  put = lambda tree, specs: jax.tree.map(
-    lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
-  )
   specs = lora.specs(base_specs(), adapters)
   sharded = put(adapters, specs)
   a = sharded['layers']['attn']['q_proj']['a']

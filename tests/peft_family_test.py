@@ -1,4 +1,4 @@
-"""The LoRA family against PEFT itself: made there and read here, trained here and read there."""
+"""Adapters against PEFT itself: made there and read here, trained here and read there."""
 
 import dataclasses
 import itertools
@@ -83,6 +83,21 @@ def made_by_peft(base_directory, **settings):
 
 
 VARIANTS = {
+  'plain': {'target_modules': ['o_proj', 'down_proj']},
+  'all': {'target_modules': 'all-linear'},
+  'regex': {'target_modules': r'.*\.[1-9]\.self_attn\.(q|k)_proj'},
+  'one layer': {'target_modules': ['gate_proj', 'v_proj'], 'layers_to_transform': [1]},
+  'patterns': {
+    'target_modules': ['q_proj', 'o_proj', 'up_proj'],
+    'rank_pattern': {'o_proj': 2, r'layers\.1\.mlp\.up_proj': 7},
+    'alpha_pattern': {r'.*\.0\.self_attn\.q_proj': 31, 'up_proj': 3.5},
+  },
+  'patterns, rank stabilised': {
+    'target_modules': ['q_proj', 'o_proj'],
+    'rank_pattern': {'layers.1.self_attn.q_proj': 8},
+    'alpha_pattern': {'o_proj': 5},
+    'use_rslora': True,
+  },
   'dora': {'target_modules': 'all-linear', 'use_dora': True},
   'dora, rank stabilised, patterns': {
     'target_modules': ['q_proj', 'o_proj'],
@@ -181,6 +196,13 @@ def test_gradients_of_dora_equal_pefts(base_directory, tmp_path):
 HERE = {
   **{kind: KINDS[kind] for kind in ('dora', 'pissa and dora', 'fused pissa', 'ragged pissa')},
   'fused dora': KINDS['fused dora'],
+  'ragged': (
+    'q_proj,o_proj,fc2',
+    {
+      'rank_pattern': (('layers/1/mlp/.*', 5), ('fc2', 2)),
+      'alpha_pattern': (('layers/0/.*', 3.0), ('o_proj', 17.0)),
+    },
+  ),
   'rslora, ragged': ('all', {'rslora': True, 'rank_pattern': (('o_proj', 2),), 'layers': '1'}),
   'rslora, pissa': ('o_proj,fc2', {'rslora': True, 'init': 'pissa'}),
   'norms and biases': (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny_model
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded import COLUMN, base_specs, mesh, put
 from tiny_model import CONFIG, MODEL, RANK, SCALE
 
 from lora_jax import kernels, lora
@@ -325,27 +325,6 @@ def test_no_decoded_kernel_is_kept_for_the_backward_pass(kind, monkeypatch):
 
 # Sharding.
 
-COLUMN, ROW = P(None, 'fsdp', 'tensor'), P(None, 'tensor', 'fsdp')
-
-
-def base_specs():
-  def spec(path, leaf):
-    name = path[-2].key
-    if leaf.ndim != 3:
-      return P(*[None] * leaf.ndim)
-    return ROW if name in ('o_proj', 'down_proj') else COLUMN
-
-  return jax.tree_util.tree_map_with_path(spec, tiny_model.params())
-
-
-def mesh():
-  return jax.make_mesh(
-    (2, 2, 2),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
-    devices=jax.devices('cpu')[:8],
-  )
-
 
 def test_arrays_take_the_sharding_of_their_kernel_where_it_divides_them():
   found = specs(base_specs(), quantised('nf4'), mesh())
@@ -373,11 +352,7 @@ def test_sharded_over_eight_devices_equals_one(kind):
     jax.value_and_grad(lambda ad, base, tokens_BT: scalar(lora.attach(base, ad, SCALE), tokens_BT))
   )
   expected = work(adapters, base, tokens_BT)
-  devices = mesh()
-  put = lambda tree, specs: jax.tree.map(
-    lambda leaf, spec: jax.device_put(leaf, NamedSharding(devices, spec)), tree, specs
-  )
-  sharded = put(base, specs(base_specs(), base, devices))
+  sharded = put(base, specs(base_specs(), base, mesh()))
   codes = sharded['layers']['attn']['q_proj']['kernel'].codes
   assert codes.sharding.shard_shape(codes.shape)[1:] == (codes.shape[1] // 2, codes.shape[2] // 2)
   value, grads = work(
