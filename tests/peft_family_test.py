@@ -1,6 +1,7 @@
 """Adapters against PEFT itself: made there and read here, trained here and read there."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import warnings
@@ -216,9 +217,7 @@ HERE['ragged pissa'] = ('qkv,fc1', {'init': 'pissa', 'rank_pattern': (('qkv', 3)
 @pytest.mark.parametrize('bake', [False, True])
 @pytest.mark.parametrize('kind', HERE)
 def test_our_adapters_say_the_same_in_peft(base_directory, tmp_path, kind, bake):
-  targets, changes = HERE[kind]
-  config = dataclasses.replace(PLAIN, dropout=0.1, **changes)
-  adapters = _after_two_steps(targets, config)
+  targets, config, adapters = _trained_here(kind)
   ours.save(tmp_path, ours.of(adapters, config, base_sha256='a' * 64, targets=targets), bake)
   assert json.loads((tmp_path / ours.ORIGIN).read_text())['targets'] == targets
   tokens_BT = tiny_model.tokens(2, 13)
@@ -232,6 +231,13 @@ def test_our_adapters_say_the_same_in_peft(base_directory, tmp_path, kind, bake)
   ours.save(tmp_path / 'again', back)
   for file in (ours.WEIGHTS, ours.CONFIG):
     assert (tmp_path / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
+
+
+@functools.cache
+def _trained_here(kind):
+  targets, changes = HERE[kind]
+  config = dataclasses.replace(PLAIN, dropout=0.1, **changes)
+  return targets, config, _after_two_steps(targets, config)
 
 
 def _after_two_steps(targets, config):
