@@ -25,6 +25,9 @@ from lora_jax.train import init_state, make_step, train
 from lora_jax.transformer import Transformer, abstract_params
 
 EACH_KIND = pytest.mark.parametrize('kind', list(KINDS))
+# One stands for all where it is the product that counts: they share it, and
+# `quantized_test` has what each decodes to.
+ONE_KIND = pytest.mark.parametrize('kind', ['int4'])
 
 
 @functools.cache
@@ -167,7 +170,7 @@ def test_adapters_are_made_for_it_as_for_the_base(kind):
   tiny_model.assert_trees_close(make(quantised(kind)), make(tiny_model.params()), rtol=0)
 
 
-@EACH_KIND
+@ONE_KIND
 @pytest.mark.usefixtures('optimised')
 @pytest.mark.parametrize(('dtype', 'remat'), [('bfloat16', False), ('float32', True)])
 def test_a_fresh_adapter_changes_no_bit(kind, dtype, remat):
@@ -180,7 +183,7 @@ def test_a_fresh_adapter_changes_no_bit(kind, dtype, remat):
   assert np.asarray(tiny_model.logits(model, attached, tokens_BT)).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize(('kind', 'targets'), [('nf4', 'all'), ('int8', 'o_proj')])
+@pytest.mark.parametrize(('kind', 'targets'), [('nf4', 'all')])
 def test_attach_equals_merge_in_value_and_gradient(kind, targets):
   base, tokens_BT = quantised(kind), tiny_model.tokens(2, 9)
   adapters = tiny_model.trained_adapters(targets)
@@ -207,7 +210,7 @@ def test_merging_never_rounds_back(kind):
   assert jax.tree.structure(plain) == jax.tree.structure(tiny_model.params())
 
 
-@pytest.mark.parametrize(('kind', 'remat'), [('nf4', False), ('nf4', True), ('int8', False)])
+@pytest.mark.parametrize(('kind', 'remat'), [('int4', True), ('int8', False)])
 def test_gradients_are_those_on_the_decoded_base(kind, remat):
   adapters, tokens_BT = tiny_model.trained_adapters('all'), tiny_model.tokens(2, 9)
   model = Transformer(CONFIG, remat=remat)
@@ -233,7 +236,7 @@ def test_many_adapters_at_once_equal_each_alone():
     tiny_model.assert_trees_close(own, expected, atol=1e-6, rtol=1e-4)
 
 
-@EACH_KIND
+@ONE_KIND
 def test_generation_says_what_the_decoded_base_says(kind):
   attached = lora.attach(quantised(kind), tiny_model.trained_adapters('all'), SCALE)
   plain = lora.merge(
@@ -263,7 +266,7 @@ def batches():
     }
 
 
-@EACH_KIND
+@ONE_KIND
 def test_the_loss_falls_and_the_base_stays(kind):
   base = quantised(kind)
   before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base)]
@@ -301,7 +304,7 @@ def temporaries(base):
   return step.lower(jax.eval_shape(fresh, base), base, batch).compile().memory_analysis()
 
 
-@EACH_KIND
+@ONE_KIND
 @pytest.mark.usefixtures('optimised')
 def test_no_decoded_kernel_is_kept_for_the_backward_pass(kind, monkeypatch):
   dense = sum(
@@ -341,7 +344,7 @@ def test_arrays_take_the_sharding_of_their_kernel_where_it_divides_them():
   assert kernel.absmax == kernel.codes == P(None, ('fsdp', 'tensor'), None)
 
 
-@EACH_KIND
+@ONE_KIND
 def test_sharded_over_eight_devices_equals_one(kind):
   base, adapters, tokens_BT = (
     quantised(kind),
