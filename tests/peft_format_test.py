@@ -125,6 +125,8 @@ def edit(directory, **changes):
     ({'lora_alpha': True}, 'the alpha of lora_alpha is True'),
     ({'alpha_pattern': [1]}, 'not the configuration of an adapter'),
     ({'alpha_pattern': {'(': 3}}, 'is no pattern'),
+    ({'rank_pattern': [1]}, r'rank_pattern is \[1\], not an object of patterns'),
+    ({'rank_pattern': {'(': 3}}, 'is no pattern'),
     ({'alpha_pattern': {'o_proj': None}}, 'the alpha of o_proj is None'),
     ({'use_rslora': 'no'}, "use_rslora is 'no'"),
     ({'init_lora_weights': 'pissa_niter_4'}, 'pissa_niter_4.*, which changed the base'),
@@ -236,6 +238,7 @@ O_PROJ = 'base_model.model.model.layers.0.self_attn.o_proj'
       {},
       r'has tensors of model\.layers\.0',
     ),
+    ({'r': 99, 'rank_pattern': {}}, {}, r'model\.layers\.\d\..* has rank \d, and .* gives it 99'),
     ({'use_dora': True}, {}, r'has no magnitudes of model\.layers\.0\..*, and .* sets use_dora'),
     ({}, {f'{O_PROJ}.lora_magnitude_vector': (24,)}, 'does not set use_dora'),
     ({}, {f'{O_PROJ}.lora_magnitude_vector': (23,)}, r'has \(23,\), and this base wants \(24,\)'),
@@ -304,6 +307,16 @@ def test_an_adapter_on_no_layer_is_not_written(tmp_path):
   with pytest.raises(UserError, match='nothing to write'):
     ours.save(tmp_path / 'out', ours.Adapter(adapter.params, nowhere, adapter.alphas))
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_value_that_is_not_finite_is_named(saved, dtype):
+  tensors = safetensors.flax.load_file(str(saved / ours.WEIGHTS))
+  name = next(name for name in tensors if 'lora_B' in name)
+  tensors[name] = tensors[name].at[0, 0].set(jnp.nan).astype(dtype)
+  safetensors.flax.save_file(tensors, str(saved / ours.WEIGHTS))
+  with pytest.raises(UserError, match=f'{name} holds values that are not finite'):
+    ours.load(saved, tiny_model.params())
 
 
 def test_half_a_pair_is_named(saved):

@@ -69,7 +69,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _check_patterns(file: Path, settings: Mapping[str, Any]) -> None:
-  patterns = [('alpha_pattern', name) for name in settings.get('alpha_pattern') or {}]
+  patterns = []
+  for key in ('alpha_pattern', 'rank_pattern'):
+    held = settings.get(key) or {}
+    if not isinstance(held, dict):
+      raise UserError(f'{file}: {key} is {held!r}, not an object of patterns')
+    patterns += [(key, name) for name in held]
   for key in ('target_modules', 'exclude_modules', 'modules_to_save'):
     held = settings.get(key)
     names = [held] if isinstance(held, str) else held or []
@@ -115,10 +120,19 @@ def is_saved(settings: Mapping[str, Any], name: str) -> bool:
 
 def alpha_of(settings: Mapping[str, Any], name: str) -> float:
   """The alpha of a module: of the first pattern that its name ends with, or the common one."""
-  for pattern, alpha in (settings.get('alpha_pattern') or {}).items():
+  return float(_of_pattern(settings.get('alpha_pattern'), name, settings['lora_alpha']))
+
+
+def rank_of(settings: Mapping[str, Any], name: str) -> Any:
+  """The rank of a module, found as its alpha is; None where the settings have no `r`."""
+  return _of_pattern(settings.get('rank_pattern'), name, settings.get('r'))
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, name: str, common: Any) -> Any:
+  for pattern, value in (patterns or {}).items():
     if re.match(rf'(.*\.)?({pattern})$', name):
-      return float(alpha)
-  return float(settings['lora_alpha'])
+      return value
+  return common
 
 
 def _named(names: str | list[str], name: str) -> bool:

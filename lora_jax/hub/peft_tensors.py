@@ -14,9 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.flax
 
-from lora_jax.errors import UserError, one_line
-from lora_jax.hub.hf_names import name_of, path_of
-from lora_jax.hub.peft_config import CONFIG, is_saved, is_target
+from lora_jax.errors import UserError
+from lora_jax.hub.peft_config import CONFIG, is_saved, is_target, name_of, path_of, rank_of
 
 WEIGHTS = 'adapter_model.safetensors'
 
@@ -71,6 +70,8 @@ def read_tensors(directory: Path, flat: Mapping[str, Any]) -> Found:
         'another base'
       )
     found[leaf][layer] = np.asarray(tensor)
+    if not np.isfinite(found[leaf][layer]).all():
+      raise UserError(f'{file}: {name} holds values that are not finite; give another adapter')
   for path in sorted({leaf[:-2] for leaf in found if leaf.endswith(('/a', '/b', '/m'))}):
     _check_pairs(file, path, found, flat[f'{path}/kernel'].shape)
   if not any(leaf.endswith('/b') for leaf in found):
@@ -97,6 +98,9 @@ def check_against(
         if there != wanted:
           has, but = ('no ', 'makes it a target') if wanted else ('', 'does not')
           raise UserError(f'{file}: has {has}tensors of {name}, and {says} {but}')
+        rank = rank_of(settings, name)
+        if there and rank not in (None, held := found[f'{module}/b'][layer].shape[1]):
+          raise UserError(f'{file}: {name} has rank {held}, and {says} gives it {rank}')
         dora = there and bool(settings.get('use_dora'))
         if dora != (layer in found.get(f'{module}/m', {})):
           has, but = ('no ', 'sets') if dora else ('', 'does not set')
