@@ -123,6 +123,7 @@ def test_rows_are_named_by_their_id_or_line(tmp_path):
     ('{"prompt": 3, "completion": "x"}', "'prompt' must be a string"),
     ('{"instruction": "x"}', "'output' is missing"),
     ('{"prompt": "x", "completion": "y", "choices": "AB"}', "'choices' must be"),
+    (r'{"prompt": "x", "completion": "y\ud83d"}', r'holds \ud83d, half of a character'),
   ],
 )
 def test_a_bad_row_is_named_with_file_and_line(tmp_path, line, says):
@@ -133,6 +134,12 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path, line, says):
   assert str(error.value).startswith(f'{path}:2: ')
   assert says in str(error.value)
   assert '\n' not in str(error.value)
+
+
+def test_a_surrogate_pair_is_one_character(tmp_path):
+  path = tmp_path / 'my.jsonl'
+  path.write_text(r'{"prompt": "x", "completion": "\ud83d\ude00"}')
+  assert messages.read(path)[0].answer == '\U0001f600'
 
 
 def test_turns_out_of_order_are_named(tmp_path):

@@ -15,6 +15,7 @@ answer are those that inference renders, whatever a template does to earlier tur
 """
 
 import dataclasses
+import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,9 @@ def read(path: Path) -> list[Conversation]:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         where = f'{path}:{number}'
-        conversations.append(_conversation(parse_line(line, where), where, number))
+        record = parse_line(line, where)
+        _check_text(line, record, where)
+        conversations.append(_conversation(record, where, number))
   if not conversations:
     raise UserError(f'{path} is empty; give one conversation a line: {_FORMS}')
   return conversations
@@ -265,6 +268,16 @@ def _encoded(ids: Sequence[int], weights: np.ndarray) -> Encoded:
   tokens = np.asarray(ids, np.int32)
   arrays = {'tokens': tokens[:-1], 'targets': tokens[1:], 'weights': weights[1:]}
   return Encoded(arrays, cut=False)
+
+
+def _check_text(line: bytes, record: Any, where: str) -> None:
+  """Refuses half of a surrogate pair, which JSON may spell and nothing can write down."""
+  if b'\\ud' in line.lower():
+    try:
+      json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      half = f'\\u{ord(error.object[error.start]):04x}'
+      raise UserError(f'{where}: holds {half}, half of a character; write the whole') from None
 
 
 def _conversation(record: Any, where: str, number: int) -> Conversation:
