@@ -37,12 +37,15 @@ def main() -> None:
   if not _DATA.value:
     raise UserError('give --data=FILE.jsonl')
   # They take seconds to import, and a mistake above should not.
-  from lora_jax import file_scores
+  from lora_jax import file_scores, records
   from lora_jax.data import messages, own_task
   from lora_jax.hub import adapters, bases
 
   _launcher.imported()
   settings = _flags.changed(Settings())
+  out = Path(_OUT.value).expanduser() if _OUT.value else None
+  if out is not None:
+    records.check_room(out)
   bases.check_name(settings.base)
   directory = Path(_ADAPTER.value).expanduser() if _ADAPTER.value else None
   if directory is not None:
@@ -70,10 +73,9 @@ def main() -> None:
   lines = file_scores.compare(of_base, of_adapter)
   print(_table(lines))
   print(_about(rows))
-  if _OUT.value:
+  if out is not None:
     from lora_jax.file_records import write
 
-    out = Path(_OUT.value).expanduser()
     about = {'data': _DATA.value, 'adapter': _ADAPTER.value or '', 'metric': _METRIC.value}
     write(out, about, base, rows, of_base, of_adapter, lines)
     print(f'predictions and scores: {out}')

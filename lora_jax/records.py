@@ -114,9 +114,19 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_new(path: Path) -> None:
-  """Raises `UserError` where something is already."""
+  """Raises `UserError` where something is already, or nothing can be written."""
   if path.exists():
     raise UserError(f'{path} is there already; give another --out or delete it')
+  check_room(path)
+
+
+def check_room(path: Path) -> None:
+  """Raises `UserError` where a directory cannot be made or written to; writes nothing itself."""
+  there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+  if not there.is_dir():
+    raise UserError(f'cannot write {path}: {there} is no directory; give another --out')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f'cannot write {path}: {there} is not yours to write; give another --out')
 
 
 @contextlib.contextmanager
