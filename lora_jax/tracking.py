@@ -114,8 +114,8 @@ def _tensorboard(directory: Path) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _wandb(directory: Path, name: str, config: Mapping[str, Any]) -> Iterator[Log]:
-  wandb = importlib.import_module(PACKAGES['wandb'])
   try:
+    wandb = importlib.import_module(PACKAGES['wandb'])
     run = wandb.init(dir=str(directory), name=name, config=dict(config))
   except Exception as error:
     # Its errors share no class with each other across versions.

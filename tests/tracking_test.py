@@ -116,6 +116,12 @@ def test_what_weights_and_biases_refuses_is_one_line(tmp_path, wandb):
     log_all(tmp_path, ['wandb'])
 
 
+def test_a_package_that_does_not_import_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match=r'^Weights & Biases: import of wandb'):
+    log_all(tmp_path, ['wandb'])
+
+
 def test_names_and_packages_that_are_missing_are_named(monkeypatch):
   with pytest.raises(UserError, match="unknown tracker 'mlflow'; there are tensorboard, wandb"):
     tracking.check_trackers(['mlflow'])
