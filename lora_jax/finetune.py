@@ -111,7 +111,8 @@ def prepare(
   encode = lambda rows: messages.encode(rows, base.tokenizer, length, config.last_only)
   learned, watched = encode(data), encode(eval_data)
   if not learned.rows:
-    raise UserError(f'{job.data}: no row fits in {length} tokens; raise --max_length')
+    remedy = 'raise --max_length' if length < base.config.max_length else 'shorten the rows'
+    raise UserError(f'{job.data}: no row fits in {length} tokens; {remedy}')
   shape = batch_shape([*learned.rows, *watched.rows], job.train.tokens_per_batch)
   steps = job.train.steps or max(1, round(config.epochs * batches_per_epoch(learned.rows, shape)))
   return Rows(learned.rows, watched.rows, shape, steps, learned.notes(length))

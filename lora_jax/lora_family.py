@@ -149,7 +149,8 @@ def check(config: LoraConfig, target_sets: Iterable[str], params: Params) -> Non
     params: the base, or its shapes.
 
   Raises:
-    UserError: a pattern, layer, norm or bias is not there, or a set matches nothing.
+    UserError: a pattern, layer, norm or bias is not there, a rank is too large, or a set
+      matches nothing.
   """
   sets = [resolve(targets, params) for targets in target_sets]
   paths = dict.fromkeys(path for found in sets for path in found)
@@ -157,6 +158,12 @@ def check(config: LoraConfig, target_sets: Iterable[str], params: Params) -> Non
   num_layers = flat[f'{targetable(params)[0]}/kernel'].shape[0]
   chosen = _layers(config, num_layers)
   also_trained(config, params)
+  for found in sets:
+    # Shapes alone say whether a module is too small for its rank.
+    ranks = plan_for(config, found, num_layers).ranks
+    jax.eval_shape(
+      lambda found=found, ranks=ranks: lora.init(jax.random.key(0), params, found, ranks)
+    )
   for name in ('rank_pattern', 'alpha_pattern'):
     for pattern, _ in getattr(config, name):
       if not any(matches(pattern, path, layer) for path in paths for layer in chosen):

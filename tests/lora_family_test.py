@@ -340,3 +340,9 @@ def test_a_configuration_comes_back_from_its_record():
   )
   assert LoraConfig.from_record(dataclasses.asdict(config)) == config
   assert LoraConfig.from_record({'rank': 8, 'alpha': 4.0, 'dropout': 0.0}).rank == 8
+
+
+def test_a_rank_that_no_module_has_room_for_is_found_before_training():
+  shapes = jax.eval_shape(tiny_model.params)
+  with pytest.raises(UserError, match=r'rank 99 is more than layers/attn/o_proj has'):
+    lora_family.check(LoraConfig(rank=99), ['o_proj'], shapes)
