@@ -100,7 +100,7 @@ def changed(settings: Settings) -> Settings:
     raise UserError(
       f'--max_length={settings.train.max_length}: give at least {_LEAST_LENGTH} tokens'
     )
-  changes = {'dtype': dtype()}
+  changes = {'dtype': dtype(), 'quantize': given('quantize') or settings.train.quantize}
   return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 
 
@@ -187,6 +187,7 @@ def put_on_device(base: 'Base', config: TrainConfig) -> tuple['Transformer', Any
   """The base's model and its parameters, stored as `config` says."""
   import jax.numpy as jnp
 
+  from lora_jax import quantize
   from lora_jax.transformer import Transformer
 
   kind = jnp.dtype(config.dtype)

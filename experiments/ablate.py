@@ -15,8 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _launcher
-from lora_jax.config import CACHE, QUANTIZE
+from experiments import _flags, _launcher, _lora_flags
 from lora_jax.errors import UserError
 from lora_jax.presets import (
   ARTICLE_TARGETS,
@@ -34,40 +33,11 @@ _DATASETS = flags.DEFINE_list('datasets', None, 'Datasets; all seven if not give
 _DATA = flags.DEFINE_string(
   'data', 'synthetic', "Where rows come from: 'synthetic', 'hub', or a directory."
 )
-_BASE = flags.DEFINE_string(
-  'base', None, "A base's name, a .gguf file, a model's directory, or its owner/name on the hub."
-)
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
-_CACHE = flags.DEFINE_string('cache', CACHE, 'Directory of downloads.')
-
-# Flags that change a preset: (section of Settings, its field).
-_OVERRIDES = {
-  'rank': ('lora', 'rank'),
-  'alpha': ('lora', 'alpha'),
-  'dropout': ('lora', 'dropout'),
-  'lr': ('optim', 'learning_rate'),
-  'lr_ratio': ('optim', 'lr_ratio'),
-  'steps': ('train', 'steps'),
-  'tokens_per_batch': ('train', 'tokens_per_batch'),
-  'max_length': ('train', 'max_length'),
-  'train_rows': ('train', 'train_rows'),
-  'test_rows': ('eval', 'test_rows'),
-  'batch_rows': ('eval', 'batch_rows'),
-  'max_new_tokens': ('eval', 'max_new_tokens'),
-}
-_AT_LEAST_ZERO = ('dropout', 'train_rows', 'test_rows')
-for _flag, (_section, _field) in _OVERRIDES.items():
-  _kind = {int: flags.DEFINE_integer, float: flags.DEFINE_float}[
-    type(getattr(getattr(Settings(), _section), _field))
-  ]
-  _kind(_flag, None, f"The preset's {_section}.{_field}.")
-_DTYPE = flags.DEFINE_enum(
-  'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base and products.'
-)
-flags.DEFINE_bool('remat', None, "The preset's train.remat.")
-flags.DEFINE_enum('quantize', None, QUANTIZE, "The preset's train.quantize.")
+_flags.define_base()
+_flags.define_changes(*_flags.ALL_CHANGES)
 
 
 def settings_from_flags() -> Settings:

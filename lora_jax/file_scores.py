@@ -170,7 +170,7 @@ def row_losses(
 def _batch_losses(model, params, tokens_BT, targets_BT, weights_BT):
   hidden_BTD, _ = model.apply({'params': params}, tokens_BT)
   kernel = head_kernel(model, params)
-  head = lambda hidden_CD: logits(hidden_CD, kernel)
+  head = lambda hidden_CD: logits(model, hidden_CD, kernel)
 
   def of_row(row):
     hidden_TD, targets_T, weights_T = row

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax import lora
+from lora_jax import lora, lora_family
 from lora_jax.config import FileConfig, LoraConfig, OptimConfig, TrainConfig
 from lora_jax.data import messages
 from lora_jax.data.encode import Encoded
@@ -145,7 +145,8 @@ def run(
 
   Raises:
     DivergedError: as `train`; `run.json` says so too.
-    UserError: the directory cannot be written to, is in use, or has an adapter.
+    UserError: the directory cannot be written to, is in use, or has an adapter; the
+      configuration names what the base does not have.
   """
   lora_family.check(job.lora, [job.targets], params)
   check_new(out / ADAPTER)
@@ -186,8 +187,12 @@ def run(
       write_json(out / 'run.json', {**record, 'status': 'diverged', 'why': str(error)})
       raise
   if outcome.kept_step:
-    adapter = peft.uniform(
-      outcome.adapters, job.lora.rank, job.lora.alpha, base.record.get('hub_id', '')
+    adapter = peft.of(
+      outcome.adapters,
+      job.lora,
+      base=base.record.get('hub_id', ''),
+      base_sha256=base.record['sha256'],
+      targets=job.targets,
     )
     with new_directory(out / ADAPTER) as directory:
       peft.save(directory, adapter)

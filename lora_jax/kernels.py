@@ -97,7 +97,7 @@ def dense(kernel: Kernel, dtype: jax.typing.DTypeLike) -> jax.Array:
     return kernel.dequantize(dtype)
   if not isinstance(kernel, LoraKernel):
     return kernel.astype(dtype)
-  # Adapters made elsewhere may be stored in bfloat16, whose product would be rounded to it.
+  # An adapter from elsewhere may be stored in bfloat16, and its product is not to be.
   a, b = kernel.a.astype(jnp.float32), kernel.b.astype(jnp.float32)
   update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
   whole = dense(kernel.w, jnp.float32) + kernel.scale[..., None, None] * update

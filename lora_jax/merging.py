@@ -99,7 +99,10 @@ def rounding(base: Base, adapter: peft.Adapter, merged: Mapping[str, Any], dtype
 def checkpoint_of(name: str) -> Path | None:
   """The Hugging Face directory that a base of this name came from, if it came from one."""
   path = Path(name).expanduser()
-  return path if path.is_dir() else None
+  if name in NAMES or name.endswith('.gguf'):
+    return None
+  # The hub's own cache has it since the base was loaded.
+  return path if path.is_dir() else snapshot.fetch(name)
 
 
 def save(out: Path, base: Base, params: Mapping[str, Any], dtype: str, like: Path | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import checkpoint, latency, lora, lora_family
+from lora_jax import checkpoint, latency, lora, lora_family, quantize
 from lora_jax.data import builder
 from lora_jax.data.encode import budget, encode_prompt
 from lora_jax.data.pipeline import (
@@ -152,7 +152,7 @@ class Study:
       checkpoint.save(self._run.cell_file(cell).with_suffix('.adapter'), outcome.adapters)
       plan = lora_family.plan(self._settings.lora, outcome.adapters)
       record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters, plan.ranks))
-      record['train'] = _training_record(outcome)
+      record['train'] = outcome.record()
       params = lora.attach(self._params, outcome.adapters, plan.scales())
     scores = score_task(
       self._model,

@@ -23,6 +23,7 @@ from lora_jax.data.pipeline import Batch
 from lora_jax.loss import completion_loss
 from lora_jax.optim import optimizer
 from lora_jax.progress import Progress
+from lora_jax.tracking import Log, finite
 from lora_jax.transformer import Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
@@ -193,7 +194,7 @@ def train(
     paths: the modules to adapt, from `lora.resolve`.
     batches: an endless stream.
     eval_batches: what to watch the loss on; may be empty.
-    config: length of the run.
+    config: length of the run, and which adapter it gives back.
     lora_config: which of the LoRA family the adapter is.
     optim_config: hyperparameters.
     seed: of the initialisation and of dropout.

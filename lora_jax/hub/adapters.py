@@ -13,10 +13,14 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from lora_jax import checkpoint, lora
+from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
 from lora_jax.hub import peft
 from lora_jax.hub.bases import Base
-from lora_jax.records import read_json, read_record
+from lora_jax.hub.peft_config import CONFIG
+from lora_jax.hub.peft_tensors import WEIGHTS
+from lora_jax.records import read_record
+from lora_jax.targets import parts
 
 _FORMS = "a directory in PEFT's format, of a training run, or the .adapter of a finished cell"
 _CELL = '.adapter'
@@ -27,6 +31,11 @@ ADAPTER = 'adapter'
 def check(directory: Path) -> None:
   """Raises `UserError` where no adapter is to be found."""
   _find(directory)
+
+
+def is_cell(directory: Path) -> bool:
+  """Whether this is what a cell of an ablation left, which needs no base to be read."""
+  return directory.suffix == _CELL
 
 
 def load(directory: Path, base: Base) -> peft.Adapter:
@@ -41,28 +50,35 @@ def load(directory: Path, base: Base) -> peft.Adapter:
     UserError: there is none, it is damaged, or it does not fit the base.
   """
   found = _find(directory)
-  if found.suffix == '.adapter':
-    record = read_record(found.with_suffix('.json'))
-    settings = record['settings']['lora']
-    tree = checkpoint.load(found)
-    adapter = peft.uniform(
-      tree, settings['rank'], settings['alpha'], record['base'].get('hub_id', '')
-    )
-    _check_shapes(found, tree, base)
-    made_on = record['base']
-  else:
-    adapter = peft.load(found, base.params)
-    run = found.parent / 'run.json'
-    record = read_json(run) if run.is_file() else {}
-    made_on = record.get('base') or {}
-  own, other = base.record['sha256'], made_on.get('sha256', base.record['sha256'])
-  if own != other:
+  sha256 = base.record['sha256']
+  if not is_cell(found):
+    return peft.load(found, base.params, sha256)
+  adapter = of_cell(found)
+  _check_shapes(found, adapter, base)
+  if adapter.base_sha256 != sha256:
     print(
-      f'{found} was trained on {made_on.get("name")} ({made_on.get("weights")}), and this is '
-      f'{base.name} ({base.record["weights"]})',
+      f'{found}: trained on a base with sha256 {adapter.base_sha256[:12]}, and {base.name} has '
+      f'{sha256[:12]}; it fits in shape, and may not in content',
       file=sys.stderr,
     )
   return adapter
+
+
+def of_cell(directory: Path) -> peft.Adapter:
+  """The adapter of a finished cell, as its record describes it.
+
+  Raises:
+    UserError: there is no adapter or no record, or one is damaged.
+  """
+  found = _find(directory)
+  record = read_record(found.with_suffix('.json'))
+  return peft.of(
+    checkpoint.load(found),
+    LoraConfig.from_record(record['settings']['lora']),
+    base=record['base'].get('hub_id', ''),
+    base_sha256=record['base']['sha256'],
+    targets=record['cell']['targets'],
+  )
 
 
 def attach(params: Mapping[str, Any], adapter: peft.Adapter) -> dict:
@@ -72,7 +88,7 @@ def attach(params: Mapping[str, Any], adapter: peft.Adapter) -> dict:
 
 def _find(directory: Path) -> Path:
   """The directory that holds the adapter itself."""
-  if (directory / peft.CONFIG).is_file() or (directory / peft.WEIGHTS).is_file():
+  if (directory / CONFIG).is_file() or (directory / WEIGHTS).is_file():
     return directory
   if (directory / ADAPTER / CONFIG).is_file():
     return directory / ADAPTER
@@ -84,13 +100,11 @@ def _find(directory: Path) -> Path:
   raise UserError(f'no adapter in {directory}; give {_FORMS}')
 
 
-def _check_shapes(found: Path, tree: Mapping[str, Any], base: Base) -> None:
+def _check_shapes(found: Path, adapter: peft.Adapter, base: Base) -> None:
   kernels: dict[str, Any] = dict(flatten_dict(base.params, sep='/'))
-  leaves: dict[str, Any] = dict(flatten_dict(tree, sep='/'))
-  for path, a in leaves.items():
-    if path.endswith('/a'):
-      module = path.removesuffix('/a')
-      kernel = kernels.get(f'{module}/kernel')
-      sides = (a.shape[0], a.shape[1], leaves[f'{module}/b'].shape[2])
-      if kernel is None or kernel.shape != sides:
-        raise UserError(f'{found} is for another base than {base.name}: {module} does not fit')
+  leaves: dict[str, Any] = dict(flatten_dict(adapter.params, sep='/'))
+  for owner in adapter.ranks:
+    for path in parts(owner):
+      kernel, a, b = kernels.get(f'{path}/kernel'), leaves[f'{owner}/a'], leaves[f'{path}/b']
+      if kernel is None or kernel.shape != (a.shape[0], a.shape[1], b.shape[2]):
+        raise UserError(f'{found} is for another base than {base.name}: {path} does not fit')

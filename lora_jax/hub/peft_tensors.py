@@ -14,8 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.flax
 
-from lora_jax.errors import UserError
-from lora_jax.hub.peft_config import CONFIG, is_saved, is_target, name_of, path_of, rank_of
+from lora_jax.errors import UserError, one_line
+from lora_jax.hub.hf_names import name_of, path_of
+from lora_jax.hub.peft_config import CONFIG, is_saved, is_target, rank_of
 
 WEIGHTS = 'adapter_model.safetensors'
 

@@ -94,6 +94,7 @@ def _what_was_run(results: Results) -> str:
       if name != BASE
     }
   )
+  quantized = '' if train['quantize'] == 'none' else f', kernels stored as {train["quantize"]}'
   return (
     f'Base {code(base_name(results))} ({results.base["weights"]}, sha256 '
     f'{code(results.base["sha256"][:12])}), compared with LoRA adapters of rank {lora["rank"]}, '
