@@ -18,6 +18,9 @@ _HIDDEN = -1e30
 _BLOCK = 128
 _MAX_BLOCKS = 16
 
+# The segment of tokens that every segment of their row continues. Segment 0 is padding.
+SHARED = -1
+
 # Keys, values and what each query may see of them.
 Part = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -36,14 +39,15 @@ def causal_mask(
 ) -> jax.Array:
   """True (B, T, S) where a query may see a key.
 
-  The key is not later, of the same segment, and one of the `window` latest tokens, the
-  query's own included, where there is a window (an integer scalar).
+  The key is not later, of the same segment or `SHARED`, and one of the `window` latest
+  tokens, the query's own included, where there is a window (an integer scalar).
   """
   mask_BTS = key_positions_BS[:, None, :] <= query_positions_BT[:, :, None]
   if window is not None:
     mask_BTS &= key_positions_BS[:, None, :] > query_positions_BT[:, :, None] - window
   if query_segments_BT is not None and key_segments_BS is not None:
-    mask_BTS &= key_segments_BS[:, None, :] == query_segments_BT[:, :, None]
+    same_BTS = key_segments_BS[:, None, :] == query_segments_BT[:, :, None]
+    mask_BTS &= same_BTS | (key_segments_BS == SHARED)[:, None, :]
   return mask_BTS
 
 
@@ -119,6 +123,7 @@ def self_attend(
     v_BKTH: values of the same tokens.
     positions_BT: position of each token in its sequence, rising within a sequence.
     segments_BT: the packed sequence that each token belongs to, or None for one a row.
+      `SHARED` tokens come first; positions of the others go on from theirs.
     window: how many of the latest tokens, its own included, a query sees; None: all.
     scale: what scores are multiplied by; None: H ** -0.5.
     cap: of the scores, see `softcap`.

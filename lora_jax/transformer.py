@@ -281,7 +281,7 @@ class Transformer(nn.Module):
       tokens_BT: token ids.
       positions_BT: each token's position in its own sequence; None: 0..T-1.
       segments_BT: which packed sequence each token belongs to; tokens see only
-        their own. None: one sequence a row.
+        their own and what is `attention.SHARED`. None: one sequence a row.
       past: earlier tokens of the same rows, for decoding: all of them come before
         all of `tokens_BT`. It does not go with `segments_BT`.
 

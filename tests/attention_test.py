@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.attention import attend, causal_mask, self_attend
+from lora_jax.attention import SHARED, attend, causal_mask, self_attend
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
@@ -99,6 +99,26 @@ def test_mask_is_causal_and_keeps_segments_apart():
   np.testing.assert_array_equal(mask, expected)
 
 
+def test_every_segment_sees_what_is_shared_and_padding_is_seen_by_none():
+  positions = jnp.asarray([[0, 1, 2, 3, 2, 3, 0, 0]])
+  segments = jnp.asarray([[SHARED, SHARED, 1, 1, 2, 2, 0, 0]])
+  mask = np.asarray(causal_mask(positions, positions, segments, segments)[0])
+  expected = [
+    [1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0],
+    [1, 1, 0, 0, 1, 0],
+    [1, 1, 0, 0, 1, 1],
+  ]
+  np.testing.assert_array_equal(mask[:6, :6], expected)
+  assert not mask[:6, 6:].any()
+  # A window reaches back into it.
+  mask = causal_mask(positions, positions, segments, segments, window=jnp.asarray(2))[0]
+  np.testing.assert_array_equal(mask[4, :6], [0, 1, 0, 0, 1, 0])
+  np.testing.assert_array_equal(mask[5, :6], [0, 0, 0, 0, 1, 1])
+
+
 def test_scale_and_cap_follow_the_definition():
   (q, _, _), (_, k, v) = draw(2, 5), draw(2, 11)
   mask = random_mask(2, 5, 11)
@@ -126,7 +146,7 @@ def test_a_window_holds_the_latest_tokens_and_the_query_itself():
 
 # 300 is three blocks, the last of them short; segments end inside of blocks.
 @pytest.mark.usefixtures('optimised')
-@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('packed', [False, True, 'shared'])
 @pytest.mark.parametrize(
   ('window', 'score'),
   [
@@ -145,6 +165,11 @@ def test_blocks_equal_one_block_in_value_and_gradient(packed, window, score):
   segments = (jnp.arange(time)[None, :, None] >= ends[:, None, :]).sum(-1)
   starts = jnp.concatenate([jnp.zeros((2, 1), ends.dtype), ends], axis=1)
   positions = jnp.arange(time)[None] - jnp.take_along_axis(starts, segments, axis=1)
+  if packed == 'shared':
+    # What the first segments were is now shared, and the others go on from it.
+    first = ends[:, :1]
+    positions = jnp.where(segments > 0, positions + first, positions)
+    segments = jnp.where(segments > 0, segments, SHARED)
   window = None if window is None else jnp.asarray(window)
   mask = causal_mask(positions, positions, segments, segments, window)
   weights = draw(2, time, seed=1)[0]
