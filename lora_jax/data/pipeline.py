@@ -1,7 +1,11 @@
-"""Encoded rows into batches, through grain: shuffle, pack, batch, prefetch.
+"""Encoded rows into batches: shuffled, packed and prefetched.
 
-Short rows are packed several to a row of the batch, so that little of it is padding
-and its shape never changes. Attention keeps packed rows apart by `segments`.
+Short rows are packed several to a row of the batch (`lora_jax.data.packing`), so that
+little of it is padding and its shape never changes. Where the rows of a dataset all begin
+with the same tokens, as chats with one instruction do, a row of the batch begins with
+these, once, and its packed rows hold what follows. Attention keeps packed rows apart by
+`segments` and lets all of them see what is `SHARED`; what they compute is what each
+would alone.
 
   rows = encode_split(task, examples, tokenizer, limits)
   shape = batch_shape(rows, tokens_per_batch=4096)
@@ -9,14 +13,16 @@ and its shape never changes. Attention keeps packed rows apart by `segments`.
 """
 
 import dataclasses
-import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
+from lora_jax.attention import SHARED
 from lora_jax.data.encode import Budget, Encoded, PromptTooLongError, encode_example
+from lora_jax.data.packing import Epochs, Group, plan
 from lora_jax.data.task import Example, Task
 from lora_jax.hub.tokenizer import ChatTokenizer
 
@@ -26,21 +32,61 @@ _ROW_MULTIPLE = 128
 # Attention over a row of so many tokens costs as much as all else (BUILD_NOTES.md, Speed).
 _EVEN_LENGTH = 768
 
-# Rows that packing keeps open at once; more of them leave less padding, up to here.
-_OPEN_ROWS = 32
-# Very short rows are not all tried.
-_MOST_PACKED = 10_000
+# Rows that a shape is tried out on.
+_MOST_TRIED = 2048
 
-# tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32.
+# A shared prefix must save this share of the cost: plain causal segments suit more kernels.
+_LEAST_SAVED = 0.02
+
+# Batches made ahead of the one in use.
+_AHEAD = 16
+
+# tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32. Segments are
+# 1, 2, ... for the packed rows, `SHARED` for what all of them begin with, 0 for padding.
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-  """Rows of a batch (B) and tokens of a row (T)."""
+  """Rows of a batch (B), tokens of a row (T), and the tokens that each row begins with.
+
+  Packed rows hold what follows `prefix`, which must begin all rows of the data.
+  """
 
   rows: int
   length: int
+  prefix: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What a batch holds.
+
+  Attributes:
+    examples: packed rows.
+    tokens: of these rows as they would be alone, a shared prefix counted for each.
+    completion_tokens: those of them with a loss.
+    positions: computed, padding included. With a shared prefix they may be fewer than
+      `tokens`.
+  """
+
+  examples: int
+  tokens: int
+  completion_tokens: int
+  positions: int
+
+
+def counts(batch: Batch) -> Counts:
+  """Counts what a batch holds; arrays may have further axes before (B, T)."""
+  segments = batch['segments']
+  examples_B = np.maximum(segments.max(axis=-1), 0)
+  repeated_B = examples_B * (segments == SHARED).sum(axis=-1)
+  return Counts(
+    examples=int(examples_B.sum()),
+    tokens=int((segments > 0).sum() + repeated_B.sum()),
+    completion_tokens=int((batch['weights'] > 0).sum()),
+    positions=segments.size,
+  )
 
 
 def encode_split(
@@ -58,91 +104,126 @@ def encode_split(
   return [row for row in encoded if row is not None]
 
 
+def shared_prefix(rows: Sequence[Encoded]) -> tuple[int, ...]:
+  """The tokens that all rows begin with, up to the first loss; each row keeps one of its own."""
+  first = rows[0].arrays['tokens']
+  length = len(first)
+  for row in rows:
+    length = min(length, len(row) - 1)
+    ends = row.arrays['weights'][:length] != 0
+    ends |= row.arrays['tokens'][:length] != first[:length]
+    if ends.any():
+      length = int(ends.argmax())
+  return tuple(first[:length].tolist())
+
+
 def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
-  """The shape that holds every row, with at most `tokens_per_batch` where one row allows it.
+  """The cheapest shape that holds every row, with at most `tokens_per_batch` if one row allows it.
 
-  A row of the batch holds the longest row of the data. It is longer than that where
-  packing then leaves so much less of it empty that a real token costs less, although
-  attention costs more with length.
+  What is compared is the cost of a real token, by packing the rows into the shape: a row
+  of the batch that is longer leaves less of itself empty and repeats a shared prefix less
+  often, but attention costs more with length.
   """
-  lengths = [len(row) for row in rows]
-  least = math.ceil(max(lengths) / _ROW_MULTIPLE) * _ROW_MULTIPLE
+  longest = max(len(row) for row in rows)
+  least = math.ceil(longest / _ROW_MULTIPLE) * _ROW_MULTIPLE
   most = max(least, min(tokens_per_batch, 2 * _EVEN_LENGTH))
-  cost = lambda length: (1 + length / _EVEN_LENGTH) / _share_filled(lengths, length)
-  length = min(range(least, most + 1, _ROW_MULTIPLE), key=cost)
-  return BatchShape(rows=max(1, tokens_per_batch // length), length=length)
+  lengths = range(least, most + 1, _ROW_MULTIPLE)
+  tried = rows[:: math.ceil(len(rows) / _MOST_TRIED)]
+
+  def cheapest(prefix: tuple[int, ...]) -> tuple[float, BatchShape]:
+    shapes = [BatchShape(max(1, tokens_per_batch // n), n, prefix) for n in lengths]
+    return min(((_cost(tried, shape), shape) for shape in shapes), key=lambda pair: pair[0])
+
+  cost, shape = cheapest(())
+  prefix = shared_prefix(rows)
+  if prefix:
+    cost_shared, shape_shared = cheapest(prefix)
+    if cost_shared <= (1 - _LEAST_SAVED) * cost:
+      return shape_shared
+  return shape
 
 
-def _share_filled(lengths: Sequence[int], length: int) -> float:
-  """How much of a packed batch is not padding, from packing the first rows as grain does."""
-  placed, room = 0, [length] * _OPEN_ROWS
-  for rounds, size in enumerate(itertools.cycle(lengths)):
-    fits = next((i for i, left in enumerate(room) if size <= left), None)
-    # Once a row fits nowhere, all open rows of the batch are full enough and are handed on.
-    if fits is None or rounds == _MOST_PACKED:
-      break
-    room[fits] -= size
-    placed += size
-  return placed / (length * _OPEN_ROWS)
+def _cost(rows: Sequence[Encoded], shape: BatchShape) -> float:
+  """Of a real token, in those of a position without attention."""
+  positions = shape.length * len(_groups(rows, shape))
+  return (1 + shape.length / _EVEN_LENGTH) * positions / sum(len(row) for row in rows)
 
 
 def training_batches(rows: Sequence[Encoded], shape: BatchShape, seed: int) -> Iterator[Batch]:
-  """An endless stream of packed batches, reshuffled every epoch.
+  """An endless stream of packed batches, reshuffled and packed anew every epoch.
 
-  The same arguments give the same stream, and the iterator's state can be saved and
-  restored (grain's `get_state` and `set_state`).
+  An epoch has every row once, and ends where it ends: inside of a batch, the next one
+  follows. The same arguments give the same stream, and the iterator's state can be saved
+  and restored (grain's `get_state` and `set_state`).
+
+  Raises:
+    ValueError: there are no rows, or one does not go into the shape.
   """
-  dataset = (
-    grain.MapDataset.source([row.arrays for row in rows])
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
-  )
-  packed = grain.experimental.FirstFitPackIterDataset(
-    dataset,
-    length_struct=_lengths(rows[0], shape),
-    num_packing_bins=max(_OPEN_ROWS, shape.rows),
-    seed=seed,
-  )
-  return iter(packed.batch(shape.rows, drop_remainder=True).map(_named))
+  epochs = Epochs(_sizes(rows, shape), _room(shape), seed)
+
+  def batch(number: int) -> Batch:
+    first = number * shape.rows
+    return _filled(rows, [epochs[i] for i in range(first, first + shape.rows)], shape)
+
+  # One thread: `Epochs` is not for several.
+  ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+  return iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(ahead))
 
 
 def evaluation_batches(rows: Sequence[Encoded], shape: BatchShape) -> list[Batch]:
-  """All rows once, packed; the last batch is filled up with rows of weight 0."""
-  batches = [_named(batch) for batch in _packed_once(rows, shape)]
-  return [{name: _fill(array, shape.rows) for name, array in batch.items()} for batch in batches]
+  """All rows once, packed; the last batch is filled up with rows of weight 0.
+
+  Raises:
+    ValueError: a row does not go into the shape.
+  """
+  groups = _groups(rows, shape)
+  starts = range(0, len(groups), shape.rows)
+  return [_filled(rows, groups[start : start + shape.rows], shape) for start in starts]
 
 
 def batches_per_epoch(rows: Sequence[Encoded], shape: BatchShape) -> int:
   """How many batches all rows fill once."""
-  return sum(1 for _ in _packed_once(rows, shape))
+  return math.ceil(len(_groups(rows, shape)) / shape.rows)
 
 
-def _packed_once(rows: Sequence[Encoded], shape: BatchShape):
-  packed = grain.experimental.FirstFitPackIterDataset(
-    grain.MapDataset.source([row.arrays for row in rows]).to_iter_dataset(),
-    length_struct=_lengths(rows[0], shape),
-    num_packing_bins=max(_OPEN_ROWS, shape.rows),
-    shuffle_bins=False,
-  )
-  return packed.batch(shape.rows)
+def _groups(rows: Sequence[Encoded], shape: BatchShape) -> list[Group]:
+  """One epoch's packed rows; how many they are hardly depends on the seed."""
+  return plan(_sizes(rows, shape), _room(shape), seed=0)
 
 
-def _lengths(row: Encoded, shape: BatchShape) -> dict[str, int]:
-  return dict.fromkeys(row.arrays, shape.length)
+def _room(shape: BatchShape) -> int:
+  return shape.length - len(shape.prefix)
 
 
-def _fill(array: np.ndarray, rows: int) -> np.ndarray:
-  return np.pad(array, ((0, rows - len(array)), (0, 0)))
+def _sizes(rows: Sequence[Encoded], shape: BatchShape) -> list[int]:
+  """Tokens of each row that are its own."""
+  shared = len(shape.prefix)
+  prefix = np.asarray(shape.prefix, np.int32)
+  for row in rows:
+    if not np.array_equal(row.arrays['tokens'][:shared], prefix):
+      raise ValueError('a row does not begin with the prefix of the shape')
+    if row.arrays['weights'][:shared].any():
+      raise ValueError('a row has a loss inside of the prefix of the shape')
+  return [len(row) - shared for row in rows]
 
 
-def _named(packed: dict[str, np.ndarray]) -> Batch:
-  # grain makes positions and segments for each feature; those of the tokens serve all.
-  return {
-    'tokens': packed['tokens'],
-    'targets': packed['targets'],
-    'weights': packed['weights'],
-    'positions': packed['tokens_positions'],
-    'segments': packed['tokens_segment_ids'],
-  }
+def _filled(rows: Sequence[Encoded], groups: Sequence[Group], shape: BatchShape) -> Batch:
+  """The batch that holds these groups, a row each; rows without a group are padding."""
+  zeros = lambda dtype: np.zeros((shape.rows, shape.length), dtype)
+  batch = {name: zeros(np.int32) for name in ('tokens', 'targets', 'positions', 'segments')}
+  batch['weights'] = zeros(np.float32)
+  shared = len(shape.prefix)
+  for row, group in enumerate(groups):
+    batch['tokens'][row, :shared] = shape.prefix
+    batch['positions'][row, :shared] = np.arange(shared)
+    batch['segments'][row, :shared] = SHARED
+    start = shared
+    for segment, index in enumerate(group, start=1):
+      length = len(rows[index])
+      at = slice(start, start + length - shared)
+      for name, array in rows[index].arrays.items():
+        batch[name][row, at] = array[shared:]
+      batch['positions'][row, at] = np.arange(shared, length)
+      batch['segments'][row, at] = segment
+      start = at.stop
+  return batch
