@@ -5,7 +5,7 @@ little of it is padding and its shape never changes. Where the rows of a dataset
 with the same tokens, as chats with one instruction do, a row of the batch begins with
 these, once, and its packed rows hold what follows. Attention keeps packed rows apart by
 `segments` and lets all of them see what is `SHARED`; what they compute is what each
-would alone.
+would alone, except that dropout falls on the shared tokens once for all of them.
 
   rows = encode_split(task, examples, tokenizer, limits)
   shape = batch_shape(rows, tokens_per_batch=4096)
