@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 CHUNK = 256
 
@@ -25,12 +26,18 @@ def token_losses(logits_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(logits_CV, axis=-1) - picked_C
 
 
+def chunks_in_use(weights_BT: np.ndarray, chunk: int) -> int:
+  """How many chunks the positions with a target fill."""
+  return -(-int(np.count_nonzero(weights_BT)) // chunk)
+
+
 def completion_loss(
   head: Head,
   hidden_BTD: jax.Array,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
   chunk: int = CHUNK,
+  chunks: jax.Array | None = None,
 ) -> jax.Array:
   """Weighted sum of negative log likelihoods; divide by the sum of weights for the mean.
 
@@ -43,6 +50,8 @@ def completion_loss(
     targets_BT: the token that each position should predict.
     weights_BT: float32 weight of each position; 0 where there is no target.
     chunk: positions per evaluation of the head.
+    chunks: evaluations of it, at least `chunks_in_use`; None: counted here. Under `vmap`
+      a count of each one's own would make every one of them pay for all positions.
 
   Returns:
     A float32 scalar, in nats.
@@ -50,33 +59,40 @@ def completion_loss(
   depth = hidden_BTD.shape[-1]
   count = targets_BT.size
   chunk = min(chunk, count)
-  # Whole chunks only: a slice at the end must not slide back over earlier positions.
+  # Whole chunks only.
   padded = -(-count // chunk) * chunk
   pad = lambda flat: jnp.pad(flat, (0, padded - count))
   order_P = jnp.argsort(pad(weights_BT.reshape(-1)) == 0, stable=True)
-  targets_P = pad(targets_BT.reshape(-1))[order_P]
-  weights_P = pad(weights_BT.reshape(-1))[order_P]
-  chunks = -(-jnp.sum(weights_P != 0) // chunk)
+  by_chunk = lambda x: x[order_P].reshape(padded // chunk, chunk, *x.shape[1:])
+  targets_NC = by_chunk(pad(targets_BT.reshape(-1)))
+  weights_NC = by_chunk(pad(weights_BT.reshape(-1)))
+  if chunks is None:
+    chunks = -(-jnp.sum(weights_BT != 0) // chunk)
+  used_N = jnp.arange(padded // chunk) < chunks
 
   def walk(hidden_BTD, with_gradient):
     flat_PD = jnp.pad(hidden_BTD.reshape(-1, depth), ((0, padded - count), (0, 0)))
-    hidden_PD = flat_PD[order_P]
-    gradient_PD = jnp.zeros_like(hidden_PD) if with_gradient else None
 
-    def body(i, carry):
-      total, gradient_PD = carry
-      part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk)
-      chunk_loss = lambda h_CD: jnp.vdot(token_losses(head(h_CD), part(targets_P)), part(weights_P))
-      if gradient_PD is None:
-        return total + chunk_loss(part(hidden_PD)), None
-      loss, gradient_CD = jax.value_and_grad(chunk_loss)(part(hidden_PD))
-      gradient_PD = jax.lax.dynamic_update_slice_in_dim(gradient_PD, gradient_CD, i * chunk, 0)
-      return total + loss, gradient_PD
+    def evaluate(hidden_CD, targets_C, weights_C):
+      chunk_loss = lambda h_CD: jnp.vdot(token_losses(head(h_CD), targets_C), weights_C)
+      if with_gradient:
+        return jax.value_and_grad(chunk_loss)(hidden_CD)
+      return chunk_loss(hidden_CD), None
 
-    total, gradient_PD = jax.lax.fori_loop(0, chunks, body, (jnp.float32(0), gradient_PD))
-    if gradient_PD is None:
+    def skip(hidden_CD, targets_C, weights_C):
+      return jnp.float32(0), jnp.zeros_like(hidden_CD) if with_gradient else None
+
+    def body(total, one):
+      used, *of_chunk = one
+      loss, gradient_CD = jax.lax.cond(used, evaluate, skip, *of_chunk)
+      return total + loss, gradient_CD
+
+    chunked = (used_N, by_chunk(flat_PD), targets_NC, weights_NC)
+    total, gradient_NCD = jax.lax.scan(body, jnp.float32(0), chunked)
+    if gradient_NCD is None:
       return total, None
-    restored_PD = jnp.zeros_like(gradient_PD).at[order_P].set(gradient_PD)
+    gradient_PD = gradient_NCD.reshape(padded, depth)
+    restored_PD = jnp.zeros_like(gradient_PD).at[order_P].set(gradient_PD, unique_indices=True)
     return total, restored_PD[:count].reshape(hidden_BTD.shape)
 
   @jax.custom_vjp

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.loss import completion_loss, token_losses
+from lora_jax.loss import chunks_in_use, completion_loss, token_losses
 
 BATCH, TIME, DEPTH, VOCAB = 3, 17, 8, 29
 
@@ -87,6 +87,34 @@ def test_vmap_equals_each_alone():
   losses, gradients = work(*stacked)
   for i, given in enumerate(many):
     assert_same((losses[i], gradients[i]), compiled(plain)(*given))
+
+
+def test_vmap_with_one_count_for_all_equals_each_alone():
+  many = [draw(seed, share) for seed, share in enumerate([0.1, 0.6, 0.0, 0.4])]
+  chunks = max(chunks_in_use(weights, 7) for *_, weights in many)
+  assert 0 < chunks < -(-BATCH * TIME // 7)
+  stacked = [jnp.stack(leaves) for leaves in zip(*many, strict=True)]
+  one = lambda *given: completion_loss(head, *given, chunk=7, chunks=chunks)
+  losses, gradients = jax.jit(jax.vmap(jax.value_and_grad(one)))(*stacked)
+  for i, given in enumerate(many):
+    assert_same((losses[i], gradients[i]), compiled(plain)(*given))
+
+
+def test_the_head_runs_on_no_more_chunks_than_are_in_use():
+  hidden, targets, weights = draw(0, 0.2)
+  ran = []
+
+  def counted(hidden_CD):
+    jax.debug.callback(lambda: ran.append(1))
+    return head(hidden_CD)
+
+  stack = lambda x: jnp.stack([x, x])
+  chunks = chunks_in_use(weights, 3)
+  one = lambda *given: completion_loss(counted, *given, chunk=3, chunks=jnp.int32(chunks))
+  jax.block_until_ready(jax.vmap(one)(stack(hidden), stack(targets), stack(weights)))
+  jax.effects_barrier()
+  # Once for both.
+  assert len(ran) == chunks < BATCH * TIME // 3
 
 
 def test_bfloat16_hidden_states_give_a_float32_loss_and_bfloat16_gradients():

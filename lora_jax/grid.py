@@ -1,0 +1,152 @@
+"""Trains any number of cells over one base, in waves, with few programs for all of them.
+
+  trainer = Trainer(model, base, config)
+  for wave, outcomes in trainer.train(jobs, shape): ...
+
+A wave is as many cells as the device's memory holds, by what their compiled program
+says that it takes.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import lora_family, packs
+from lora_jax.config import TrainConfig
+from lora_jax.data.pipeline import BatchShape
+from lora_jax.step import make_evaluation, make_step, stack_batches
+from lora_jax.train import DivergedError, Job, Outcome, Wave, prepare, train_wave
+from lora_jax.transformer import Transformer
+
+Params = Mapping[str, Any]
+
+# Two cores are busy with so many positions; more of them at once take memory and no less
+# time (BUILD_NOTES.md, Speed).
+_CPU_POSITIONS = 2048
+
+
+class Trainer:
+  """Trains cells of a grid; programs are kept from one call to the next."""
+
+  def __init__(self, model: Transformer, base: Params, config: TrainConfig, cells: int = 0):
+    """Compiles nothing yet.
+
+    Args:
+      model: the Transformer, in the dtype and with the remat to train with.
+      base: its frozen parameters.
+      config: length of the runs, and which adapter each gives back.
+      cells: at most so many train together; 0: as many as there is use and memory for.
+    """
+    self._model, self._base, self._config, self._most = model, base, config, cells
+    self._resident = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    self._steps: dict[tuple, jax.stages.Compiled] = {}
+    self._evaluations: dict[int, Any] = {}
+
+  def train(
+    self, jobs: Sequence[Job], shape: BatchShape, what: str = 'train'
+  ) -> Iterator[tuple[Wave, list[Outcome | DivergedError]]]:
+    """Trains all jobs, each as it would train alone.
+
+    Args:
+      jobs: the cells; their batches are all of one shape.
+      shape: that of the batches.
+      what: name of the work for the progress display.
+
+    Yields:
+      A wave and what came of its jobs, as soon as it has ended.
+    """
+    for group in self._kinds(jobs):
+      union = packs.union([self._shapes(job) for job in group])
+      waiting, done = [*group], 0
+      cells = self._cells(waiting, shape, union)
+      while waiting:
+        chosen = waiting[:cells]
+        wave = prepare(self._base, chosen, self._config.steps, cells, union)
+        try:
+          outcomes = train_wave(
+            self._model,
+            self._base,
+            wave,
+            self._config,
+            what if len(group) == 1 else f'{what}, {_place(done, chosen)} of {len(group)}',
+            step=self._step(wave, shape),
+            evaluate=self._evaluation(cells),
+          )
+        except jax.errors.JaxRuntimeError as error:
+          if 'RESOURCE_EXHAUSTED' not in str(error) or cells == 1:
+            raise
+          cells = _even(len(waiting), cells // 2)
+          print(f'{what}: out of memory; {cells} cells at a time from here', file=sys.stderr)
+          continue
+        waiting, done = waiting[cells:], done + len(chosen)
+        yield wave, outcomes
+
+  def _kinds(self, jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that can share a union tree, together."""
+    groups: dict[tuple, list[Job]] = {}
+    for job in jobs:
+      groups.setdefault(packs.kind(self._shapes(job), job.lora), []).append(job)
+    return [*groups.values()]
+
+  def _shapes(self, job: Job) -> Params:
+    fresh = lambda: lora_family.init(jax.random.key(0), self._base, job.paths, job.lora)
+    return jax.eval_shape(fresh)
+
+  def _cells(self, jobs: Sequence[Job], shape: BatchShape, union: Mapping[str, Any]) -> int:
+    """How many of them to train together."""
+    wanted = self._most or len(jobs)
+    if not self._most and jax.devices()[0].platform == 'cpu':
+      wanted = max(1, _CPU_POSITIONS // (shape.rows * shape.length))
+    wanted = _even(len(jobs), min(wanted, len(jobs)))
+    available = packs.free_bytes()
+    if available is None or wanted == 1:
+      return wanted
+
+    def need(cells: int) -> int:
+      wave = prepare(self._base, jobs[:cells], self._config.steps, cells, union)
+      try:
+        return packs.program_bytes(self._step(wave, shape), self._resident)
+      except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+          raise
+        return 2 * available
+
+    fitting = packs.largest(wanted, need, available)
+    if fitting < wanted:
+      print(f'{fitting} of {wanted} cells fit in memory', file=sys.stderr)
+    return _even(len(jobs), fitting)
+
+  def _step(self, wave: Wave, shape: BatchShape) -> jax.stages.Compiled:
+    """The compiled step of such waves."""
+    dropout = wave.jobs[0].lora.dropout
+    key = (shape, dropout, *_avals(wave.states))
+    if key not in self._steps:
+      zeros = np.zeros((shape.rows, shape.length), np.int32)
+      batch = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), zeros)
+      batch['weights'] = zeros.astype(np.float32)
+      batches, active_C = stack_batches([batch] * wave.cells), np.ones(wave.cells, bool)
+      step = make_step(self._model, wave.cells, dropout)
+      self._steps[key] = step.lower(wave.states, self._base, batches, active_C).compile()
+    return self._steps[key]
+
+  def _evaluation(self, cells: int) -> Any:
+    if cells not in self._evaluations:
+      self._evaluations[cells] = make_evaluation(self._model, cells)
+    return self._evaluations[cells]
+
+
+def _even(jobs: int, cells: int) -> int:
+  """No more cells than `cells`, and waves as even as they come: fewer places stay empty."""
+  waves = -(-jobs // max(1, cells))
+  return -(-jobs // waves)
+
+
+def _place(done: int, chosen: Sequence[Job]) -> str:
+  return f'cell {done + 1}' if len(chosen) == 1 else f'cells {done + 1}-{done + len(chosen)}'
+
+
+def _avals(tree: Any) -> tuple:
+  return tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,207 @@
+"""One update, and the loss on rows kept out, of C adapters on one frozen base.
+
+A cell of the grid is all that an update changes or reads beside the base and the batch:
+adapters, optimiser, hyperparameters, scales. Cells are stacked on a leading axis C and
+the step is mapped over it, the base unmapped: products with frozen kernels stay single
+large ones, and one program serves every target set, rank, rate and seed. An adapter
+trained alone is C = 1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lora_jax import lora, packs
+from lora_jax.config import LoraConfig, OptimConfig
+from lora_jax.data.pipeline import Batch
+from lora_jax.loss import CHUNK, chunks_in_use, completion_loss
+from lora_jax.optim import Hyper, optimizer
+from lora_jax.transformer import Transformer, head_kernel, logits
+
+Params = Mapping[str, Any]
+
+# Positions that the head takes at a time, of each cell, at least.
+_LEAST_CHUNK = 32
+
+
+@flax.struct.dataclass
+class TrainState:
+  """A cell.
+
+  Attributes:
+    step: updates so far, int32.
+    adapters: the adapter tree, float32.
+    opt_state: the optimiser's state.
+    key: PRNG key of dropout, the same at every step; the step's number is folded in.
+    scales: path of a module -> (L,), the factor on each layer's low-rank product.
+    hyper: the hyperparameters.
+  """
+
+  step: jax.Array
+  adapters: Any
+  opt_state: Any
+  key: jax.Array
+  scales: Any
+  hyper: Hyper
+
+  @property
+  def pack(self) -> packs.Pack:
+    """What evaluation needs of it."""
+    return packs.Pack(self.adapters, self.scales)
+
+
+def init_state(
+  adapters: Params,
+  lora_config: LoraConfig,
+  optim_config: OptimConfig,
+  steps: int,
+  seed: int,
+  shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> TrainState:
+  """A cell before its first update.
+
+  Args:
+    adapters: a fresh adapter, from `lora_family.init`.
+    lora_config: which it was made by.
+    optim_config: its hyperparameters.
+    steps: updates in the whole run, which the schedule spans.
+    seed: of dropout.
+    shapes: those of the union tree that it is to stand in; None: its own.
+  """
+  shapes = packs.union([adapters]) if shapes is None else shapes
+  scales = packs.scales(adapters, lora_config, shapes)
+  whole, hyper = packs.embed(adapters, shapes), Hyper.of(optim_config, steps)
+  key = jax.random.fold_in(jax.random.key(seed), 1)
+  return TrainState(jnp.int32(0), whole, optimizer(hyper).init(whole), key, scales, hyper)
+
+
+def stack_batches(batches: Sequence[Batch]) -> dict[str, Any]:
+  """A batch of each cell, (C, B, T), and how much of them the head must see."""
+  whole = packs.stack(list(batches))
+  chunk = _chunk(len(batches))
+  chunks = max(chunks_in_use(batch['weights'], chunk) for batch in batches)
+  return {**whole, 'chunks': np.int32(chunks)}
+
+
+def batch_loss(
+  model: Transformer,
+  base: Params,
+  adapters: Params,
+  batch: Mapping[str, Any],
+  scale: lora.Scale,
+  dropout_key: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+  """Sum of the losses of a batch's completion tokens, in nats, and how many there are."""
+  params = lora.attach(base, adapters, scale, dropout_key, dropout_rate)
+  hidden_BTD, _ = model.apply(
+    {'params': params}, batch['tokens'], batch['positions'], batch['segments']
+  )
+  # The head is no target, so the frozen parameters serve it. Its logits are rounded to the
+  # model's dtype, as transformers' are: kept in float32 they cost a tenth of a step.
+  kernel = head_kernel(model, base)
+  head = lambda hidden_CD: logits(model, hidden_CD, kernel, model.dtype)
+  total = completion_loss(
+    head, hidden_BTD, batch['targets'], batch['weights'], chunk, batch.get('chunks')
+  )
+  return total, batch['weights'].sum()
+
+
+def make_step(
+  model: Transformer, cells: int, dropout: float = 0.0
+) -> Callable[[TrainState, Params, Mapping[str, Any], Any], tuple[TrainState, dict]]:
+  """Jits an update: (states, base, batches, active_C) -> (states, metrics of (C,) each).
+
+  The states are donated. A cell that is not active stays as it is.
+
+  Args:
+    model: the Transformer.
+    cells: C.
+    dropout: share of an adapter's input that is dropped.
+  """
+
+  def update(state: TrainState, base: Params, batch: Mapping[str, Any], active: jax.Array):
+    dropout_key = jax.random.fold_in(state.key, state.step)
+
+    def mean_loss(adapters):
+      total, count = batch_loss(
+        model, base, adapters, batch, state.scales, dropout_key, dropout, _chunk(cells)
+      )
+      return total / jnp.maximum(count, 1)
+
+    loss, grads = jax.value_and_grad(mean_loss)(state.adapters)
+    opt_state: Any
+    updates, opt_state = optimizer(state.hyper).update(grads, state.opt_state, state.adapters)
+    adapters = optax.apply_updates(state.adapters, updates)
+    metrics = {
+      'loss': loss,
+      'grad_norm': optax.tree.norm(grads),
+      'bad_in_a_row': opt_state.notfinite_count,
+      'bad_steps': opt_state.total_notfinite,
+    }
+    after = (state.step + 1, adapters, opt_state)
+    before = (state.step, state.adapters, state.opt_state)
+    kept = jax.tree.map(lambda new, old: jnp.where(active, new, old), after, before)
+    return TrainState(*kept, state.key, state.scales, state.hyper), metrics
+
+  return jax.jit(_over_cells(update, cells, (0, None, _BATCH_AXES, 0)), donate_argnums=0)
+
+
+def make_evaluation(
+  model: Transformer, cells: int
+) -> Callable[[packs.Pack, Params, Sequence[Mapping[str, Any]]], np.ndarray]:
+  """Mean completion loss (C,) over batches: (pack, base, batches) -> nats.
+
+  Args:
+    model: the Transformer.
+    cells: C.
+  """
+
+  def one(pack: packs.Pack, base: Params, batch: Mapping[str, Any]):
+    return batch_loss(model, base, pack.adapters, batch, pack.scales, chunk=_chunk(cells))
+
+  compiled = jax.jit(_over_cells(one, cells, (0, None, _BATCH_AXES)))
+
+  def mean(pack: packs.Pack, base: Params, batches: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    totals, counts = zip(*(compiled(pack, base, batch) for batch in batches), strict=True)
+    with np.errstate(invalid='ignore'):
+      return np.sum(np.asarray(totals), axis=0) / np.sum(np.asarray(counts), axis=0)
+
+  return mean
+
+
+# The count of chunks is one for all cells, so that what it decides stays a branch.
+_BATCH_AXES = {
+  **dict.fromkeys(('tokens', 'targets', 'weights', 'positions', 'segments'), 0),
+  'chunks': None,
+}
+
+
+def _over_cells(one: Callable, cells: int, axes: tuple) -> Callable:
+  """Maps over C; where C is 1, takes the axis off and puts it on again."""
+  if cells > 1:
+    return jax.vmap(one, in_axes=axes)
+
+  def alone(*arguments):
+    def off(axis, argument):
+      return jax.tree.map(lambda leaf: leaf[0], argument) if axis == 0 else argument
+
+    taken = [
+      {name: off(axis[name], part) for name, part in argument.items()}
+      if isinstance(axis, dict)
+      else off(axis, argument)
+      for axis, argument in zip(axes, arguments, strict=True)
+    ]
+    return jax.tree.map(lambda leaf: leaf[None], one(*taken))
+
+  return alone
+
+
+def _chunk(cells: int) -> int:
+  return max(_LEAST_CHUNK, CHUNK // cells)
