@@ -32,6 +32,7 @@ _CHANGES = {
   'lr_ratio': ('optim', 'lr_ratio'),
   'steps': ('train', 'steps'),
   'tokens_per_batch': ('train', 'tokens_per_batch'),
+  'positions': ('train', 'positions'),
   'max_length': ('train', 'max_length'),
   'train_rows': ('train', 'train_rows'),
   'eval_every': ('train', 'eval_every'),
@@ -43,7 +44,7 @@ _CHANGES = {
   'keep_best': ('train', 'keep_best'),
 }
 ALL_CHANGES = tuple(_CHANGES)
-_AT_LEAST_ZERO = ('train_rows', 'test_rows', 'patience')
+_AT_LEAST_ZERO = ('train_rows', 'test_rows', 'patience', 'positions')
 _LEAST_LENGTH = 64
 
 

@@ -35,6 +35,12 @@ _DATA = flags.DEFINE_string(
 )
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
+_PACK = flags.DEFINE_integer(
+  'pack',
+  0,
+  'At most so many cells train together; 0: as many as there is use and memory for.',
+  lower_bound=0,
+)
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
 _flags.define_base()
 _flags.define_changes(*_flags.ALL_CHANGES)
@@ -94,7 +100,7 @@ def main() -> None:
   try:
     base = bases.load(settings.base, cache)
     print(f'base {base.name}: {base.record["weights"]}, sha256 {base.record["sha256"][:12]}')
-    Study(settings, base, source, run, cache / 'rows').run(grid)
+    Study(settings, base, source, run, cache / 'rows', _PACK.value).run(grid)
     print(report.write(run))
   except KeyboardInterrupt:
     print(

@@ -40,8 +40,8 @@ _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
 _TRACK = flags.DEFINE_list('track', [], f'Where metrics go too: {", ".join(PACKAGES)}.')
 _flags.define_base()
 _flags.define_changes(
-  'steps', 'lr', 'lr_ratio', 'tokens_per_batch', 'max_length', 'eval_every', 'patience',
-  'keep_best', 'remat', of=OWN_ROWS,
+  'steps', 'lr', 'lr_ratio', 'tokens_per_batch', 'positions', 'max_length', 'eval_every',
+  'patience', 'keep_best', 'remat', of=OWN_ROWS,
 )  # fmt: skip
 
 

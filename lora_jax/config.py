@@ -217,6 +217,8 @@ class TrainConfig:
     steps: updates.
     tokens_per_batch: tokens of a batch, padding included; its row length follows from
       the data.
+    positions: tokens of a batch, padding included, that run through the model at a time,
+      where a row allows it (gradient accumulation); 0: all, but on a CPU 1024.
     max_length: the longest row, prompt and completion together, in tokens.
     train_rows: rows used of the train split, from its start; 0 means all.
     eval_rows: rows of the train split kept out of training to watch the loss on.
@@ -231,6 +233,7 @@ class TrainConfig:
 
   steps: int = 40
   tokens_per_batch: int = 2048
+  positions: int = 0
   max_length: int = 1024
   train_rows: int = 0
   eval_rows: int = 16

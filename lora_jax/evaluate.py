@@ -6,16 +6,17 @@ Adapters stay unmerged: `params` may hold `LoraKernel` leaves.
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import packs
 from lora_jax.data.task import Example, Task
 from lora_jax.errors import UserError
-from lora_jax.generate import generate
+from lora_jax.generate import generate, generate_pack
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.progress import Progress
 from lora_jax.transformer import Transformer, head_kernel, logits
@@ -55,14 +56,29 @@ class Scores:
   seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Questions:
+  """A task's test rows, as a base is asked them.
+
+  Attributes:
+    task: how rows are posed and scored.
+    examples: the test rows; at least one.
+    prompts: token ids of each example's prompt, from `encode_prompt`.
+    tokenizer: the base's.
+    max_new_tokens: the longest prediction, its end included.
+  """
+
+  task: Task
+  examples: Sequence[Example]
+  prompts: Sequence[Sequence[int]]
+  tokenizer: ChatTokenizer
+  max_new_tokens: int
+
+
 def score_task(
   model: Transformer,
   params: Mapping[str, Any],
-  task: Task,
-  examples: Sequence[Example],
-  tokenizer: ChatTokenizer,
-  prompts: Sequence[Sequence[int]],
-  max_new_tokens: int,
+  questions: Questions,
   batch_rows: int,
   what: str = 'score',
 ) -> Scores:
@@ -71,51 +87,113 @@ def score_task(
   Args:
     model: the Transformer.
     params: its parameters, adapters attached or not.
-    task: how rows are posed and scored.
-    examples: the test rows; at least one.
-    tokenizer: the base's.
-    prompts: token ids of each example's prompt, from `encode_prompt`.
-    max_new_tokens: the longest prediction, its end included.
+    questions: the test rows.
     batch_rows: prompts that run together, where there are so many.
     what: name of the work for the progress display.
 
   Raises:
     UserError: a choice is not one token of this base.
   """
+
+  def predict(tokens, lengths):
+    if questions.task.choices is not None:
+      return next_log_probs(model, params, tokens, lengths)[None]
+    eos_id = questions.tokenizer.eos_id
+    return generate(model, params, tokens, lengths, questions.max_new_tokens, eos_id)[None]
+
+  return _score(predict, 1, questions, batch_rows, what)[0]
+
+
+def score_pack(
+  model: Transformer,
+  base: Mapping[str, Any],
+  pack: packs.Pack,
+  cells: int,
+  questions: Questions,
+  batch_rows: int,
+  what: str = 'score',
+) -> list[Scores]:
+  """As `score_task`, for each cell of a pack; all of them read each batch of prompts.
+
+  Args:
+    model: the Transformer.
+    base: its frozen parameters.
+    pack: the adapters.
+    cells: how many of them are to be scored, from the first; the rest fill up.
+    questions: the test rows.
+    batch_rows: prompts that run together, those of all cells counted.
+    what: name of the work for the progress display.
+  """
+  size = next(iter(pack.scales.values())).shape[0]
+
+  def predict(tokens, lengths):
+    if questions.task.choices is not None:
+      return next_log_probs_pack(model, base, pack, tokens, lengths)
+    eos_id = questions.tokenizer.eos_id
+    most = questions.max_new_tokens
+    return generate_pack(model, base, pack, tokens, lengths, most, eos_id)
+
+  return _score(predict, cells, questions, max(1, batch_rows // size), what)
+
+
+# tokens (B, T), lengths (B,) -> generated tokens (C, B, T), or log probabilities (C, B, V)
+_Predict = Callable[[np.ndarray, np.ndarray], jax.Array]
+
+
+def _score(
+  predict: _Predict, cells: int, questions: Questions, batch_rows: int, what: str
+) -> list[Scores]:
   start = time.perf_counter()
+  prompts = questions.prompts
   # Rows of like length share a batch, so that little of it is padding.
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch_rows = min(batch_rows, len(prompts))
-  predictions = [''] * len(prompts)
-  generated = unfinished = 0
+  sheets = [_Sheet(questions) for _ in range(cells)]
   with Progress(what, len(prompts), unit='row') as progress:
     for at in range(0, len(order), batch_rows):
       chosen = order[at : at + batch_rows]
-      tokens, lengths = pad_prompts([prompts[i] for i in chosen], batch_rows)
-      if task.choices is not None:
-        candidates = [_choice_ids(task, examples[i], tokenizer) for i in chosen]
-        for i, best in zip(
-          chosen, _choose(model, params, tokens, lengths, candidates), strict=True
-        ):
-          predictions[i] = task.choices(examples[i])[best]
-      else:
-        out = np.asarray(generate(model, params, tokens, lengths, max_new_tokens, tokenizer.eos_id))
-        for i, ids in zip(chosen, out, strict=False):
-          ends = np.flatnonzero(ids == tokenizer.eos_id)
-          length = int(ends[0]) if len(ends) else max_new_tokens
-          predictions[i] = tokenizer.decode(ids[:length])
-          generated += min(length + 1, max_new_tokens)
-          unfinished += not len(ends)
+      found = np.asarray(predict(*pad_prompts([prompts[i] for i in chosen], batch_rows)))
+      for sheet, of_cell in zip(sheets, found, strict=False):
+        for i, of_row in zip(chosen, of_cell, strict=False):
+          sheet.read(i, of_row)
       progress.advance(len(chosen))
-  rows = [
-    RowScore(example['id'], task.score(prediction, example), prediction)
-    for example, prediction in zip(examples, predictions, strict=True)
-  ]
-  means = {
-    name: 100 * float(np.mean([row.scores[name] for row in rows])) for name in rows[0].scores
-  }
-  seconds = time.perf_counter() - start
-  return Scores(rows, task.headline, means, generated, unfinished, seconds)
+  seconds = (time.perf_counter() - start) / cells
+  return [sheet.scores(seconds) for sheet in sheets]
+
+
+class _Sheet:
+  """What one model said to the questions."""
+
+  def __init__(self, questions: Questions):
+    self._questions = questions
+    self._predictions = [''] * len(questions.prompts)
+    self._generated = self._unfinished = 0
+
+  def read(self, i: int, found: np.ndarray) -> None:
+    """Row i's generated tokens (T,), or log probabilities of its next token (V,)."""
+    task, tokenizer = self._questions.task, self._questions.tokenizer
+    if task.choices is not None:
+      example = self._questions.examples[i]
+      best = int(np.argmax(found[_choice_ids(task, example, tokenizer)]))
+      self._predictions[i] = task.choices(example)[best]
+      return
+    ends = np.flatnonzero(found == tokenizer.eos_id)
+    length = int(ends[0]) if len(ends) else self._questions.max_new_tokens
+    self._predictions[i] = tokenizer.decode(found[:length])
+    self._generated += min(length + 1, self._questions.max_new_tokens)
+    self._unfinished += not len(ends)
+
+  def scores(self, seconds: float) -> Scores:
+    """All of it, once every row was read."""
+    task = self._questions.task
+    rows = [
+      RowScore(example['id'], task.score(prediction, example), prediction)
+      for example, prediction in zip(self._questions.examples, self._predictions, strict=True)
+    ]
+    means = {
+      name: 100 * float(np.mean([row.scores[name] for row in rows])) for name in rows[0].scores
+    }
+    return Scores(rows, task.headline, means, self._generated, self._unfinished, seconds)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,11 +223,17 @@ def next_log_probs(
   return jax.nn.log_softmax(logits(model, hidden_BD, head_kernel(model, params)))
 
 
-def _choose(model, params, tokens, lengths, candidates: Sequence[Sequence[int]]) -> list[int]:
-  log_probs_BV = np.asarray(next_log_probs(model, params, tokens, lengths))
-  return [
-    int(np.argmax(row_V[list(ids)])) for row_V, ids in zip(log_probs_BV, candidates, strict=False)
-  ]
+@functools.partial(jax.jit, static_argnames='model')
+def next_log_probs_pack(
+  model: Transformer,
+  base: Mapping[str, Any],
+  pack: packs.Pack,
+  prompts_BT: jax.Array,
+  lengths_B: jax.Array,
+) -> jax.Array:
+  """As `next_log_probs`, for all cells of a pack: (C, B, V)."""
+  one = lambda cell: next_log_probs(model, cell.attach(base), prompts_BT, lengths_B)
+  return jax.vmap(one)(pack)
 
 
 def _choice_ids(task: Task, example: Example, tokenizer: ChatTokenizer) -> list[int]:

@@ -22,7 +22,7 @@ from lora_jax.data import messages, own_task
 from lora_jax.data.encode import Encoded
 from lora_jax.data.messages import Conversation
 from lora_jax.data.task import Task
-from lora_jax.evaluate import Scores, pad_prompts, score_task
+from lora_jax.evaluate import Questions, Scores, pad_prompts, score_task
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.loss import completion_loss
 from lora_jax.progress import Progress
@@ -134,9 +134,8 @@ def score(
   predictions = None
   if task is not None:
     examples = [own_task.example(row) for row in rows.conversations]
-    predictions = score_task(
-      model, params, task, examples, tokenizer, rows.prompts, rows.max_new_tokens, batch_rows, what
-    )
+    questions = Questions(task, examples, rows.prompts, tokenizer, rows.max_new_tokens)
+    predictions = score_task(model, params, questions, batch_rows, what)
   return FileScores(losses_N, tokens_N, predictions)
 
 

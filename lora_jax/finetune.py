@@ -40,7 +40,7 @@ from lora_jax.records import (
   write_json,
 )
 from lora_jax.tracking import open_trackers
-from lora_jax.train import DivergedError, Outcome, train
+from lora_jax.train import DivergedError, Outcome, TrainJob, train
 from lora_jax.transformer import Transformer
 
 
@@ -170,19 +170,16 @@ def run(
   watched = evaluation_batches(rows.watched, rows.shape) if rows.watched else []
   with open_trackers(out, trackers, out.resolve().name, record['job']) as log:
     try:
-      outcome = train(
-        model,
-        params,
+      to_train = TrainJob(
         lora.resolve(job.targets, params),
-        training_batches(rows.train, rows.shape, job.seed),
-        watched,
-        job.train,
         job.lora,
         job.optim,
         job.seed,
-        log=log,
-        stop=stop,
+        lambda: training_batches(rows.train, rows.shape, job.seed),
+        watched,
+        log,
       )
+      outcome = train(model, params, to_train, job.train, stop=stop)
     except DivergedError as error:
       write_json(out / 'run.json', {**record, 'status': 'diverged', 'why': str(error)})
       raise

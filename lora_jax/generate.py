@@ -6,19 +6,25 @@ slot, so that a step updates one slice in place instead of scattering into rows.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.packs import Pack
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
+
+Params = Mapping[str, Any]
+
+# Calls f(params, *arrays) for every cell, arrays and results with the cells' axis, if any.
+_ForCells = Callable[..., Any]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
 def generate(
   model: Transformer,
-  params: Mapping[str, Any],
+  params: Params,
   prompts_BT: jax.Array,
   lengths_B: jax.Array,
   max_new_tokens: int,
@@ -39,42 +45,84 @@ def generate(
     tokens_BT (T = `max_new_tokens`): the generated tokens; `eos_id` from a row's end
     on. Generation stops early once every row has ended.
   """
-  batch, time = prompts_BT.shape
-  variables = {'params': params}
+  for_cells = lambda f, *arrays: f(params, *arrays)
+  return _continue(model, for_cells, params, prompts_BT, lengths_B, max_new_tokens, eos_id)
 
-  head = head_kernel(model, params)
+
+@functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
+def generate_pack(
+  model: Transformer,
+  base: Params,
+  pack: Pack,
+  prompts_BT: jax.Array,
+  lengths_B: jax.Array,
+  max_new_tokens: int,
+  eos_id: int,
+) -> jax.Array:
+  """As `generate`, for all cells of a pack at once: tokens_CBT."""
+
+  def for_cells(f, *arrays):
+    return jax.vmap(lambda cell, *own: f(cell.attach(base), *own))(pack, *arrays)
+
+  return _continue(model, for_cells, base, prompts_BT, lengths_B, max_new_tokens, eos_id)
+
+
+def _continue(
+  model: Transformer,
+  for_cells: _ForCells,
+  base: Params,
+  prompts_BT: jax.Array,
+  lengths_B: jax.Array,
+  max_new_tokens: int,
+  eos_id: int,
+) -> jax.Array:
+  """The loop; in its arrays B follows the cells' axis, where there is one.
+
+  The loop is not itself mapped over cells: it would then keep the caches of those that are
+  done by copying them, at every step.
+  """
+  batch, time = prompts_BT.shape
+  head = head_kernel(model, base)
 
   def next_token(hidden_BD):
     return jnp.argmax(logits(model, hidden_BD, head), axis=-1).astype(jnp.int32)
 
-  hidden_BTD, prompt_kv = model.apply(variables, prompts_BT)
-  last_B = jnp.maximum(lengths_B - 1, 0)
-  token_B = next_token(jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])
-  done_B = lengths_B == 0
+  def read_prompt(params):
+    hidden_BTD, kv = model.apply({'params': params}, prompts_BT)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    return next_token(jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]), kv
+
   slots_T = jnp.arange(time)
   prompt_BT = jnp.where(slots_T[None] < lengths_B[:, None], slots_T[None], NOWHERE)
   own_BT = lengths_B[:, None] + jnp.arange(max_new_tokens)[None]
 
   def unfinished(state):
-    step, _, _, done_B, _ = state
-    return (step < max_new_tokens) & ~jnp.all(done_B)
+    step, _, _, done, _ = state
+    return (step < max_new_tokens) & ~jnp.all(done)
 
   def body(state):
-    step, token_B, own_kv, done_B, out_BT = state
-    token_B = jnp.where(done_B, eos_id, token_B)
-    out_BT = out_BT.at[:, step].set(token_B)
-    done_B |= token_B == eos_id
+    step, token, own_kv, done, out = state
+    token = jnp.where(done, eos_id, token)
+    out = out.at[..., step].set(token)
+    done |= token == eos_id
     written_BT = jnp.where(jnp.arange(max_new_tokens)[None] < step, own_BT, NOWHERE)
-    hidden_B1D, new_kv = model.apply(
-      variables,
-      token_B[:, None],
-      (lengths_B + step)[:, None],
-      past=((prompt_kv, prompt_BT), (own_kv, written_BT)),
-    )
-    own_kv = own_kv.write(new_kv, step)
-    return step + 1, next_token(hidden_B1D[:, 0]), own_kv, done_B, out_BT
 
-  own_kv = KeyValues.empty(model.config, batch, max_new_tokens, model.dtype)
-  out_BT = jnp.full((batch, max_new_tokens), eos_id, jnp.int32)
-  state = (jnp.int32(0), token_B, own_kv, done_B, out_BT)
-  return jax.lax.while_loop(unfinished, body, state)[-1]
+    def read_token(params, token_B, prompt_kv, own_kv):
+      hidden_B1D, new_kv = model.apply(
+        {'params': params},
+        token_B[:, None],
+        (lengths_B + step)[:, None],
+        past=((prompt_kv, prompt_BT), (own_kv, written_BT)),
+      )
+      return next_token(hidden_B1D[:, 0]), new_kv
+
+    token, new_kv = for_cells(read_token, token, prompt_kv, own_kv)
+    return step + 1, token, own_kv.write(new_kv, step), done, out
+
+  token, prompt_kv = for_cells(read_prompt)
+  lead = token.shape[:-1]
+  empty = KeyValues.empty(model.config, batch, max_new_tokens, model.dtype)
+  own_kv = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), empty)
+  out = jnp.full((*token.shape, max_new_tokens), eos_id, jnp.int32)
+  done = jnp.broadcast_to(lengths_B == 0, token.shape)
+  return jax.lax.while_loop(unfinished, body, (jnp.int32(0), token, own_kv, done, out))[-1]

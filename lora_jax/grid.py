@@ -16,16 +16,12 @@ import numpy as np
 
 from lora_jax import lora_family, packs
 from lora_jax.config import TrainConfig
-from lora_jax.data.pipeline import BatchShape
-from lora_jax.step import make_evaluation, make_step, stack_batches
-from lora_jax.train import DivergedError, Job, Outcome, Wave, prepare, train_wave
+from lora_jax.data.pipeline import Batch, BatchShape
+from lora_jax.step import CPU_POSITIONS, make_evaluation, make_step, stack_batches
+from lora_jax.train import DivergedError, Outcome, TrainJob, Wave, prepare, train_wave
 from lora_jax.transformer import Transformer
 
 Params = Mapping[str, Any]
-
-# Two cores are busy with so many positions; more of them at once take memory and no less
-# time (BUILD_NOTES.md, Speed).
-_CPU_POSITIONS = 2048
 
 
 class Trainer:
@@ -46,7 +42,7 @@ class Trainer:
     self._evaluations: dict[int, Any] = {}
 
   def train(
-    self, jobs: Sequence[Job], shape: BatchShape, what: str = 'train'
+    self, jobs: Sequence[TrainJob], shape: BatchShape, what: str = 'train'
   ) -> Iterator[tuple[Wave, list[Outcome | DivergedError]]]:
     """Trains all jobs, each as it would train alone.
 
@@ -84,22 +80,23 @@ class Trainer:
         waiting, done = waiting[cells:], done + len(chosen)
         yield wave, outcomes
 
-  def _kinds(self, jobs: Sequence[Job]) -> list[list[Job]]:
+  def _kinds(self, jobs: Sequence[TrainJob]) -> list[list[TrainJob]]:
     """Jobs that can share a union tree, together."""
-    groups: dict[tuple, list[Job]] = {}
+    groups: dict[tuple, list[TrainJob]] = {}
     for job in jobs:
       groups.setdefault(packs.kind(self._shapes(job), job.lora), []).append(job)
     return [*groups.values()]
 
-  def _shapes(self, job: Job) -> Params:
+  def _shapes(self, job: TrainJob) -> Params:
     fresh = lambda: lora_family.init(jax.random.key(0), self._base, job.paths, job.lora)
     return jax.eval_shape(fresh)
 
-  def _cells(self, jobs: Sequence[Job], shape: BatchShape, union: Mapping[str, Any]) -> int:
+  def _cells(self, jobs: Sequence[TrainJob], shape: BatchShape, union: Mapping[str, Any]) -> int:
     """How many of them to train together."""
     wanted = self._most or len(jobs)
-    if not self._most and jax.devices()[0].platform == 'cpu':
-      wanted = max(1, _CPU_POSITIONS // (shape.rows * shape.length))
+    if not self._most and jax.default_backend() == 'cpu':
+      # More at a time would take memory and no less time.
+      wanted = max(1, CPU_POSITIONS // (shape.rows * shape.length))
     wanted = _even(len(jobs), min(wanted, len(jobs)))
     available = packs.free_bytes()
     if available is None or wanted == 1:
@@ -125,9 +122,12 @@ class Trainer:
     key = (shape, dropout, *_avals(wave.states))
     if key not in self._steps:
       zeros = np.zeros((shape.rows, shape.length), np.int32)
-      batch = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), zeros)
-      batch['weights'] = zeros.astype(np.float32)
-      batches, active_C = stack_batches([batch] * wave.cells), np.ones(wave.cells, bool)
+      batch: Batch = {'weights': zeros.astype(np.float32)}
+      batch |= dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), zeros)
+      batches, active_C = (
+        stack_batches([batch] * wave.cells, self._config.positions),
+        np.ones(wave.cells, bool),
+      )
       step = make_step(self._model, wave.cells, dropout)
       self._steps[key] = step.lower(wave.states, self._base, batches, active_C).compile()
     return self._steps[key]
@@ -144,7 +144,7 @@ def _even(jobs: int, cells: int) -> int:
   return -(-jobs // waves)
 
 
-def _place(done: int, chosen: Sequence[Job]) -> str:
+def _place(done: int, chosen: Sequence[TrainJob]) -> str:
   return f'cell {done + 1}' if len(chosen) == 1 else f'cells {done + 1}-{done + len(chosen)}'
 
 

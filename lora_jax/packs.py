@@ -60,7 +60,7 @@ def union(trees: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
   for tree in trees:
     for path, leaf in flat(tree).items():
-      held = shapes.get(path, leaf.shape)
+      held: Any = shapes.get(path, leaf.shape)
       shapes[path] = tuple(map(max, held, leaf.shape))
   return dict(sorted(shapes.items()))
 
@@ -131,6 +131,9 @@ def largest(wanted: int, need: Callable[[int], int], available: int) -> int:
 def program_bytes(compiled: jax.stages.Compiled, resident: int) -> int:
   """What a compiled program takes beside the bytes that are on the device already."""
   held = compiled.memory_analysis()
+  if held is None:
+    # A backend that does not tell; what then does not fit is found when it runs.
+    return 0
   return (
     held.argument_size_in_bytes
     + held.output_size_in_bytes

@@ -4,7 +4,8 @@ A cell of the grid is all that an update changes or reads beside the base and th
 adapters, optimiser, hyperparameters, scales. Cells are stacked on a leading axis C and
 the step is mapped over it, the base unmapped: products with frozen kernels stay single
 large ones, and one program serves every target set, rank, rate and seed. An adapter
-trained alone is C = 1.
+trained alone is C = 1. A batch runs through the model in parts where that is faster or
+spares memory; what is learned is the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,9 @@ from lora_jax.optim import Hyper, optimizer
 from lora_jax.transformer import Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
+
+# A CPU is fastest with so many positions at a time (BUILD_NOTES.md, Speed).
+CPU_POSITIONS = 1024
 
 # Positions that the head takes at a time, of each cell, at least.
 _LEAST_CHUNK = 32
@@ -80,12 +84,41 @@ def init_state(
   return TrainState(jnp.int32(0), whole, optimizer(hyper).init(whole), key, scales, hyper)
 
 
-def stack_batches(batches: Sequence[Batch]) -> dict[str, Any]:
-  """A batch of each cell, (C, B, T), and how much of them the head must see."""
-  whole = packs.stack(list(batches))
-  chunk = _chunk(len(batches))
-  chunks = max(chunks_in_use(batch['weights'], chunk) for batch in batches)
-  return {**whole, 'chunks': np.int32(chunks)}
+def part_rows(rows: int, length: int, cells: int, positions: int = 0) -> int:
+  """How many rows of a batch run through the model at a time; gradients are summed over parts.
+
+  Args:
+    rows: of a batch.
+    length: of a row.
+    cells: C, which all run at the same time.
+    positions: at most so many at a time, where a row allows it; 0: all, but on a CPU as
+      many as its caches hold (BUILD_NOTES.md, Speed).
+
+  Returns:
+    A divisor of `rows`, so that no part is filled up with padding.
+  """
+  if not positions:
+    if jax.default_backend() != 'cpu':
+      return rows
+    positions = CPU_POSITIONS
+  fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * length * cells <= positions]
+  return max(fitting, default=1)
+
+
+def stack_batches(batches: Sequence[Batch], positions: int = 0) -> dict[str, Any]:
+  """A batch of each cell in parts, (C, parts, rows, T), and how much of each the head must see.
+
+  Args:
+    batches: of one shape.
+    positions: as `part_rows` has it.
+  """
+  cells, (rows, length) = len(batches), batches[0]['tokens'].shape
+  together = part_rows(rows, length, cells, positions)
+  parted = lambda x: x.reshape(cells, rows // together, together, length)
+  whole = {name: parted(x) for name, x in packs.stack(list(batches)).items()}
+  chunk, weights = _chunk(cells), whole['weights']
+  in_use = [[chunks_in_use(part, chunk) for part in of_cell] for of_cell in weights]
+  return {**whole, 'chunks': np.max(in_use, axis=0).astype(np.int32)}
 
 
 def batch_loss(
@@ -127,15 +160,17 @@ def make_step(
   """
 
   def update(state: TrainState, base: Params, batch: Mapping[str, Any], active: jax.Array):
-    dropout_key = jax.random.fold_in(state.key, state.step)
+    step_key = jax.random.fold_in(state.key, state.step)
 
-    def mean_loss(adapters):
-      total, count = batch_loss(
-        model, base, adapters, batch, state.scales, dropout_key, dropout, _chunk(cells)
-      )
-      return total / jnp.maximum(count, 1)
+    def total_loss(adapters, number, part):
+      key = jax.random.fold_in(step_key, number)
+      return batch_loss(model, base, adapters, part, state.scales, key, dropout, _chunk(cells))
 
-    loss, grads = jax.value_and_grad(mean_loss)(state.adapters)
+    part_grads = jax.value_and_grad(total_loss, has_aux=True)
+    of_part = lambda number, part: part_grads(state.adapters, number, part)
+    (total, count), sums = _summed(of_part, batch)
+    mean = lambda x: x / jnp.maximum(count, 1)
+    loss, grads = mean(total), jax.tree.map(mean, sums)
     opt_state: Any
     updates, opt_state = optimizer(state.hyper).update(grads, state.opt_state, state.adapters)
     adapters = optax.apply_updates(state.adapters, updates)
@@ -148,7 +183,8 @@ def make_step(
     after = (state.step + 1, adapters, opt_state)
     before = (state.step, state.adapters, state.opt_state)
     kept = jax.tree.map(lambda new, old: jnp.where(active, new, old), after, before)
-    return TrainState(*kept, state.key, state.scales, state.hyper), metrics
+    step, adapters, opt_state = kept
+    return TrainState(step, adapters, opt_state, state.key, state.scales, state.hyper), metrics
 
   return jax.jit(_over_cells(update, cells, (0, None, _BATCH_AXES, 0)), donate_argnums=0)
 
@@ -164,7 +200,10 @@ def make_evaluation(
   """
 
   def one(pack: packs.Pack, base: Params, batch: Mapping[str, Any]):
-    return batch_loss(model, base, pack.adapters, batch, pack.scales, chunk=_chunk(cells))
+    def of_part(number, part):
+      return batch_loss(model, base, pack.adapters, part, pack.scales, chunk=_chunk(cells))
+
+    return _summed(of_part, batch)
 
   compiled = jax.jit(_over_cells(one, cells, (0, None, _BATCH_AXES)))
 
@@ -201,6 +240,20 @@ def _over_cells(one: Callable, cells: int, axes: tuple) -> Callable:
     return jax.tree.map(lambda leaf: leaf[None], one(*taken))
 
   return alone
+
+
+def _summed(of_part: Callable[[jax.Array, Mapping[str, Any]], Any], batch: Mapping[str, Any]):
+  """The sum of what `of_part` gives for each part of a batch and its number."""
+  parts = batch['tokens'].shape[0]
+  if parts == 1:
+    return of_part(jnp.int32(0), {name: x[0] for name, x in batch.items()})
+  first = {name: x[0] for name, x in batch.items()}
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, jnp.int32(0), first))
+
+  def add(sums, numbered):
+    return jax.tree.map(jnp.add, sums, of_part(*numbered)), None
+
+  return jax.lax.scan(add, zeros, (jnp.arange(parts), batch))[0]
 
 
 def _chunk(cells: int) -> int:

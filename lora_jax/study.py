@@ -1,12 +1,16 @@
 """Runs a grid of cells: for each dataset the base, and each target set with each seed.
 
+Cells whose batches have one shape train and are scored together, in waves (see `grid`).
 A cell that has a record is skipped, so a run that was stopped goes on where it was,
 and a longer grid keeps what a shorter one computed.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from lora_jax import checkpoint, latency, lora, lora_family, quantize
 from lora_jax.data import builder
 from lora_jax.data.encode import budget, encode_prompt
 from lora_jax.data.pipeline import (
+  BatchShape,
   batch_shape,
   encode_split,
   evaluation_batches,
@@ -25,12 +30,14 @@ from lora_jax.data.pipeline import (
 from lora_jax.data.sources import Source
 from lora_jax.data.task import Task
 from lora_jax.errors import UserError
-from lora_jax.evaluate import Scores, score_task
+from lora_jax.evaluate import Questions, Scores, score_pack, score_task
+from lora_jax.grid import Trainer
 from lora_jax.hub.bases import Base
 from lora_jax.presets import EQUAL_RANK, Settings
+from lora_jax.programs import Programs
 from lora_jax.records import Cell, RunDirectory, versions
-from lora_jax.tracking import json_lines
-from lora_jax.train import DivergedError, train
+from lora_jax.tracking import Log, json_lines
+from lora_jax.train import DivergedError, Outcome, TrainJob, Wave
 from lora_jax.transformer import Transformer
 
 
@@ -53,7 +60,13 @@ class Study:
   """A grid over one base, written to one directory."""
 
   def __init__(
-    self, settings: Settings, base: Base, source: Source, run: RunDirectory, cache_dir: Path
+    self,
+    settings: Settings,
+    base: Base,
+    source: Source,
+    run: RunDirectory,
+    cache_dir: Path,
+    cells: int = 0,
   ):
     """Puts the base on the device.
 
@@ -63,6 +76,7 @@ class Study:
       source: where rows come from.
       run: where records go.
       cache_dir: where prepared rows are kept.
+      cells: at most so many train together; 0: as many as there is use and memory for.
     """
     self._settings = settings
     self._base = base
@@ -75,7 +89,8 @@ class Study:
     if kind != 'none':
       print(f'{kind}: {quantize.footprint(self._params)}', file=sys.stderr)
     self._model = Transformer(base.config, dtype=dtype)
-    self._train_model = Transformer(base.config, dtype=dtype, remat=settings.train.remat)
+    to_train = Transformer(base.config, dtype=dtype, remat=settings.train.remat)
+    self._trainer = Trainer(to_train, self._params, settings.train, cells)
 
   def run(self, grid: Grid) -> None:
     """Runs every cell that has no record, then times the target sets.
@@ -93,14 +108,29 @@ class Study:
       for task in grid.tasks
       if unfinished[task.name] and not task.needs_vision
     }
-    for task in grid.tasks:
-      for cell in unfinished[task.name]:
-        if task.needs_vision:
-          record = {'status': 'needs vision', **self._provenance(task, None)}
-          self._run.write_cell(cell, record)
-        else:
-          self._run_cell(task, cell, rows[task.name])
-    self._time_targets(grid)
+    with Programs() as programs:
+      for task in grid.tasks:
+        for cell in unfinished[task.name]:
+          if task.needs_vision:
+            record = {'status': 'needs vision', **self._provenance(task, None)}
+            self._run.write_cell(cell, record)
+          elif cell.targets == 'base':
+            self._score_base(task, cell, rows[task.name])
+      for shape in dict.fromkeys(own.shape for own in rows.values()):
+        cells = [
+          _GridCell(cell, own)
+          for name, own in rows.items()
+          for cell in unfinished[name]
+          if own.shape == shape and cell.targets != 'base'
+        ]
+        if cells:
+          self._train_and_score(cells, shape)
+    if rows:
+      print(f'training and scoring: {programs}', file=sys.stderr)
+    with Programs() as programs:
+      self._time_targets(grid)
+    if programs.count:
+      print(f'timing: {programs}', file=sys.stderr)
 
   def _summary(self, targets: str) -> lora.Summary:
     """What an adapter on `targets` holds, from its shapes alone."""
@@ -124,47 +154,76 @@ class Study:
     rows = hashlib.sha256(self._source.fingerprint(task).encode()).hexdigest()
     return {'rows': rows, 'base': self._base.record['sha256']}
 
-  def _run_cell(self, task: Task, cell: Cell, rows: '_Rows') -> None:
-    record: dict[str, Any] = self._provenance(task, rows)
-    label = f'{task.name} {cell.targets}' + ('' if cell.targets == 'base' else f' seed {cell.seed}')
-    params = self._params
-    if cell.targets != 'base':
-      paths = lora.resolve(cell.targets, self._params)
-      with self._run.open_metrics(cell) as metrics:
-        try:
-          outcome = train(
-            self._train_model,
-            self._params,
-            paths,
-            training_batches(rows.train, rows.shape, cell.seed),
-            rows.eval_batches,
-            self._settings.train,
-            self._settings.lora,
-            self._settings.optim,
-            cell.seed,
-            log=json_lines(metrics),
-            what=f'train {label}',
-          )
-        except DivergedError as error:
-          print(f'{label}: {error}', file=sys.stderr)
-          self._run.write_cell(cell, {**record, 'status': 'diverged', 'why': str(error)})
-          return
-      checkpoint.save(self._run.cell_file(cell).with_suffix('.adapter'), outcome.adapters)
+  def _score_base(self, task: Task, cell: Cell, rows: '_Rows') -> None:
+    scores = score_task(
+      self._model,
+      self._params,
+      rows.questions,
+      self._settings.eval.batch_rows,
+      what=f'score {task.name} base',
+    )
+    self._write_scores(cell, f'{task.name} base', self._provenance(task, rows), scores)
+
+  def _train_and_score(self, cells: Sequence['_GridCell'], shape: BatchShape) -> None:
+    """Runs cells of one shape of batches; records are written as soon as a wave is scored."""
+    datasets = '+'.join(dict.fromkeys(cell.cell.dataset for cell in cells))
+    with contextlib.ExitStack() as files:
+      jobs = [self._job(cell, files) for cell in cells]
+      for wave, outcomes in self._trainer.train(jobs, shape, f'train {datasets}'):
+        trained: dict[str, dict[int, tuple[_GridCell, Outcome]]] = {}
+        for place, outcome in enumerate(outcomes):
+          cell = cells[jobs.index(wave.jobs[place])]
+          if isinstance(outcome, DivergedError):
+            print(f'{cell.label}: {outcome}', file=sys.stderr)
+            record = self._provenance(cell.rows.task, cell.rows)
+            self._run.write_cell(cell.cell, {**record, 'status': 'diverged', 'why': str(outcome)})
+          else:
+            file = self._run.cell_file(cell.cell)
+            checkpoint.save(file.with_suffix('.adapter'), outcome.adapters)
+            trained.setdefault(cell.cell.dataset, {})[place] = (cell, outcome)
+        for of_dataset in trained.values():
+          self._score_wave(wave, of_dataset)
+
+  def _score_wave(self, wave: Wave, trained: Mapping[int, tuple['_GridCell', Outcome]]) -> None:
+    """Scores and records what came of one dataset's cells, by their place in a wave."""
+    cells = [cell for cell, _ in trained.values()]
+    rows = cells[0].rows
+    what = cells[0].label if len(cells) == 1 else f'{rows.task.name}, {len(cells)} cells'
+    scores = score_pack(
+      self._model,
+      self._params,
+      wave.pack({place: outcome for place, (_, outcome) in trained.items()}),
+      len(cells),
+      rows.questions,
+      self._settings.eval.batch_rows,
+      what=f'score {what}',
+    )
+    for (cell, outcome), own in zip(trained.values(), scores, strict=True):
+      record = self._provenance(rows.task, rows)
       plan = lora_family.plan(self._settings.lora, outcome.adapters)
       record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters, plan.ranks))
       record['train'] = outcome.record()
-      params = lora.attach(self._params, outcome.adapters, plan.scales())
-    scores = score_task(
-      self._model,
-      params,
-      task,
-      rows.test,
-      self._base.tokenizer,
-      rows.prompts,
-      rows.limits.completion,
-      self._settings.eval.batch_rows,
-      what=f'score {label}',
+      self._write_scores(cell.cell, cell.label, record, own)
+
+  def _job(self, cell: '_GridCell', files: contextlib.ExitStack) -> TrainJob:
+    """What the trainer needs of a cell; its file of metrics is opened once there are some."""
+
+    @functools.cache
+    def lines() -> Log:
+      return json_lines(files.enter_context(self._run.open_metrics(cell.cell)))
+
+    rows, seed = cell.rows, cell.cell.seed
+    return TrainJob(
+      lora.resolve(cell.cell.targets, self._params),
+      self._settings.lora,
+      self._settings.optim,
+      seed,
+      lambda: training_batches(rows.train, rows.shape, seed),
+      rows.eval_batches,
+      lambda metrics: lines()(metrics),
     )
+
+  def _write_scores(self, cell: Cell, label: str, record: dict[str, Any], scores: Scores) -> None:
     record |= {'status': 'done', 'scores': _scores_record(scores)}
     said = [{'id': row.id, 'prediction': row.prediction, **row.scores} for row in scores.rows]
     self._run.write_cell(cell, record, said)
@@ -197,20 +256,32 @@ class Study:
     self._run.write_latency({'targets': times, 'device': device, 'dtype': settings.train.dtype})
 
 
+@dataclasses.dataclass(frozen=True)
+class _GridCell:
+  """A cell to train, with what it is trained and scored on."""
+
+  cell: Cell
+  rows: '_Rows'
+
+  @property
+  def label(self) -> str:
+    """For people."""
+    return f'{self.cell.dataset} {self.cell.targets} seed {self.cell.seed}'
+
+
 class _Rows:
   """A dataset's rows as this base sees them: encoded, split and shaped."""
 
   def __init__(self, task: Task, source: Source, base: Base, settings: Settings, cache_dir: Path):
-    config = settings.train
+    self.task, config = task, settings.train
     splits = builder.prepare(task, source, cache_dir)
     max_length = min(config.max_length, base.config.max_length)
-    self.limits = budget(task, max_length, settings.eval.max_new_tokens)
-    self.test = splits['test'][: settings.eval.test_rows or None]
-    self.prompts = [
-      encode_prompt(task, example, base.tokenizer, self.limits.prompt) for example in self.test
-    ]
+    limits = budget(task, max_length, settings.eval.max_new_tokens)
+    test = splits['test'][: settings.eval.test_rows or None]
+    prompts = [encode_prompt(task, example, base.tokenizer, limits.prompt) for example in test]
+    self.questions = Questions(task, test, prompts, base.tokenizer, limits.completion)
     examples = splits['train'][: config.train_rows or None]
-    encoded = encode_split(task, examples, base.tokenizer, self.limits)
+    encoded = encode_split(task, examples, base.tokenizer, limits)
     # The last rows watch the loss; too few rows to share all train.
     kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
     self.train = encoded[: len(encoded) - kept_out]
@@ -222,17 +293,18 @@ class _Rows:
     self._counts = {
       'train': len(self.train),
       'eval': len(watched),
-      'test': len(self.test),
+      'test': len(test),
       'left_out': len(examples) - len(encoded),
       'cut_completions': sum(row.cut for row in encoded),
       'batch_rows': self.shape.rows,
       'row_length': self.shape.length,
-      'prompt_limit': self.limits.prompt,
+      'shared_prefix': len(self.shape.prefix),
+      'prompt_limit': limits.prompt,
     }
     if self._counts['cut_completions'] > len(encoded) / 2:
       print(
         f'{task.name}: {self._counts["cut_completions"]} of {len(encoded)} answers to learn are '
-        f'longer than {self.limits.completion} tokens and are cut; raise --max_new_tokens',
+        f'longer than {limits.completion} tokens and are cut; raise --max_new_tokens',
         file=sys.stderr,
       )
 

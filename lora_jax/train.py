@@ -1,34 +1,29 @@
-"""Trains one adapter on one frozen base.
+"""Trains adapters on one frozen base: one, or many cells of a grid together.
 
 The base is an argument of the step, never part of its state: it is not
 differentiated, optimised, donated or saved.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from lora_jax import lora, lora_family
+from lora_jax import lora_family, packs
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
-from lora_jax.data.pipeline import Batch
-from lora_jax.loss import completion_loss
-from lora_jax.optim import optimizer
+from lora_jax.data.pipeline import Batch, counts
 from lora_jax.progress import Progress
+from lora_jax.step import TrainState, init_state, make_evaluation, make_step, stack_batches
 from lora_jax.tracking import Log, finite
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer
 
 Params = Mapping[str, Any]
 
-# Bad updates in a row after which a run is given up.
+# Bad updates in a row after which a cell is given up.
 _MAX_BAD_STEPS = 5
 
 
@@ -36,21 +31,27 @@ class DivergedError(Exception):
   """Loss or gradient stayed NaN or infinite; the text says at which step."""
 
 
-@flax.struct.dataclass
-class TrainState:
-  """All that an update changes.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainJob:
+  """A cell to train; equal to itself alone.
 
   Attributes:
-    step: updates so far, int32.
-    adapters: the adapter tree, float32.
-    opt_state: the optimiser's state.
-    key: PRNG key of dropout, the same at every step; the step's number is folded in.
+    paths: the modules to adapt, from `lora.resolve`.
+    lora: which of the LoRA family the adapter is.
+    optim: hyperparameters.
+    seed: of the initialisation and of dropout.
+    batches: makes an endless stream, the same each time.
+    eval_batches: what to watch the loss on; may be empty.
+    log: receives {'step', 'loss', 'grad_norm'} of each step and {'step', 'eval_loss'}.
   """
 
-  step: jax.Array
-  adapters: Any
-  opt_state: Any
-  key: jax.Array
+  paths: Sequence[str]
+  lora: LoraConfig
+  optim: OptimConfig
+  seed: int
+  batches: Callable[[], Iterator[Batch]]
+  eval_batches: Sequence[Batch] = ()
+  log: Log = lambda metrics: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,13 @@ class Outcome:
     adapters: the adapter tree, as it was after `kept_step` updates.
     losses: mean completion loss of each step, nats a token.
     eval_losses: (step, loss) on the rows kept out; step 0 is the base.
-    tokens: real tokens seen, padding not counted.
+    tokens: tokens of the rows seen, a prefix that they share counted for each; no padding.
     completion_tokens: those of them with a loss.
     examples: rows seen, counted each time.
-    seconds: time of the loop, compilation included.
-    compile_seconds: time until the first step had ended.
-    eval_seconds: time spent on the rows kept out.
+    cells: how many cells trained together.
+    seconds: this cell's share of the time of the loop, compilation included.
+    compile_seconds: its share of the time until the first step had ended.
+    eval_seconds: its share of the time spent on the rows kept out.
     bad_steps: updates left out because they were not finite.
     kept_step: updates that `adapters` has seen.
     stopped: 'finished', 'patience', 'interrupted' or 'diverged'.
@@ -78,6 +80,7 @@ class Outcome:
   tokens: int
   completion_tokens: int
   examples: int
+  cells: int
   seconds: float
   compile_seconds: float
   eval_seconds: float
@@ -94,111 +97,82 @@ class Outcome:
     return fields
 
 
-def batch_loss(
-  model: Transformer,
-  base: Params,
-  adapters: Params,
-  batch: Mapping[str, Any],
-  scale: lora.Scale,
-  dropout_key: jax.Array | None = None,
-  dropout_rate: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
-  """Sum of the losses of a batch's completion tokens, in nats, and how many there are."""
-  params = lora.attach(base, adapters, scale, dropout_key, dropout_rate)
-  hidden_BTD, _ = model.apply(
-    {'params': params}, batch['tokens'], batch['positions'], batch['segments']
-  )
-  # The head is no target, so the frozen parameters serve it. Its logits are rounded to the
-  # model's dtype, as transformers' are: kept in float32 they cost a tenth of a step.
-  kernel = head_kernel(model, base)
-  head = lambda hidden_CD: logits(model, hidden_CD, kernel, model.dtype)
-  total = completion_loss(head, hidden_BTD, batch['targets'], batch['weights'])
-  return total, batch['weights'].sum()
+@dataclasses.dataclass(frozen=True)
+class Wave:
+  """Cells that train together, before their first update.
 
+  Attributes:
+    jobs: the cells.
+    fresh: the adapter of each, as it was initialised.
+    states: their states, stacked; there may be more of them than jobs, which stand still.
+  """
 
-def make_step(
-  model: Transformer, tx: optax.GradientTransformation, lora_config: LoraConfig
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict]]:
-  """Compiles an update: (state, base, batch) -> (state, metrics); the state is donated."""
+  jobs: Sequence[TrainJob]
+  fresh: Sequence[Params]
+  states: TrainState
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, base, batch):
-    dropout_key = jax.random.fold_in(state.key, state.step)
-    scales = lora_family.plan(lora_config, state.adapters).scales()
+  @property
+  def cells(self) -> int:
+    """C."""
+    return self.states.step.shape[0]
 
-    def mean_loss(adapters):
-      total, count = batch_loss(
-        model, base, adapters, batch, scales, dropout_key, lora_config.dropout
+  def pack(self, outcomes: Mapping[int, 'Outcome']) -> packs.Pack:
+    """What came of some of the jobs, by their place, as a pack of C with them in front.
+
+    One shape however many there are, so that one program scores all of them.
+    """
+    shapes = {path: leaf.shape[1:] for path, leaf in packs.flat(self.states.adapters).items()}
+    whole = [
+      packs.Pack(
+        packs.embed(outcome.adapters, shapes),
+        packs.scales(self.fresh[i], self.jobs[i].lora, shapes),
       )
-      return total / jnp.maximum(count, 1)
-
-    loss, grads = jax.value_and_grad(mean_loss)(state.adapters)
-    opt_state: Any
-    updates, opt_state = tx.update(grads, state.opt_state, state.adapters)
-    adapters = optax.apply_updates(state.adapters, updates)
-    metrics = {
-      'loss': loss,
-      'grad_norm': optax.tree.norm(grads),
-      'bad_in_a_row': opt_state.notfinite_count,
-      'bad_steps': opt_state.total_notfinite,
-    }
-    return TrainState(state.step + 1, adapters, opt_state, state.key), metrics
-
-  return step
+      for i, outcome in outcomes.items()
+    ]
+    return packs.stack([*whole, *[whole[0]] * (self.cells - len(whole))])
 
 
-def make_evaluation(
-  model: Transformer, lora_config: LoraConfig
-) -> Callable[[Params, Params, Sequence[Batch]], float]:
-  """Compiles the mean completion loss over batches: (base, adapters, batches) -> nats."""
+def prepare(
+  base: Params,
+  jobs: Sequence[TrainJob],
+  steps: int,
+  cells: int | None = None,
+  shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Wave:
+  """Initialises adapters and stacks them.
 
-  @jax.jit
-  def one(base, adapters, batch):
-    scales = lora_family.plan(lora_config, adapters).scales()
-    return batch_loss(model, base, adapters, batch, scales)
-
-  def mean(base: Params, adapters: Params, batches: Sequence[Batch]) -> float:
-    sums = [one(base, adapters, batch) for batch in batches]
-    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
-
-  return mean
-
-
-def init_state(adapters: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
-  """The state before the first update."""
-  key = jax.random.fold_in(jax.random.key(seed), 1)
-  return TrainState(jnp.int32(0), adapters, tx.init(adapters), key)
+  Args:
+    base: the frozen parameters.
+    jobs: the cells, of one `packs.kind`.
+    steps: updates in the whole run.
+    cells: C; None: as many as there are jobs.
+    shapes: those of the union tree; None: the smallest that holds these.
+  """
+  fresh = [lora_family.init(jax.random.key(job.seed), base, job.paths, job.lora) for job in jobs]
+  shapes = packs.union(fresh) if shapes is None else shapes
+  states = [
+    init_state(adapters, job.lora, job.optim, steps, job.seed, shapes)
+    for adapters, job in zip(fresh, jobs, strict=True)
+  ]
+  filled = [*states, *[states[0]] * ((cells or len(jobs)) - len(jobs))]
+  return Wave(jobs, fresh, packs.stack(filled))
 
 
 def train(
   model: Transformer,
   base: Params,
-  paths: Sequence[str],
-  batches: Iterator[Batch],
-  eval_batches: Sequence[Batch],
+  job: TrainJob,
   config: TrainConfig,
-  lora_config: LoraConfig,
-  optim_config: OptimConfig,
-  seed: int,
-  log: Log = lambda metrics: None,
   what: str = 'train',
   stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-  """Trains an adapter from its initialisation.
-
-  The learning rate falls over all of `config.steps`, whether or not the run stops before.
+  """Trains one adapter from its initialisation.
 
   Args:
     model: the Transformer, in the dtype and with the remat to train with.
     base: its frozen parameters.
-    paths: the modules to adapt, from `lora.resolve`.
-    batches: an endless stream.
-    eval_batches: what to watch the loss on; may be empty.
+    job: what to train, on what.
     config: length of the run, and which adapter it gives back.
-    lora_config: which of the LoRA family the adapter is.
-    optim_config: hyperparameters.
-    seed: of the initialisation and of dropout.
-    log: receives {'step', 'loss', 'grad_norm'} of each step and {'step', 'eval_loss'}.
     what: name of the run for the progress display.
     stop: asked before each step; where it says so, the run ends there.
 
@@ -209,89 +183,198 @@ def train(
     DivergedError: several updates in a row, or all of them, were not finite, and there is
       no best adapter to give back.
   """
-  tx = optimizer(optim_config, config.steps)
-  adapters = lora_family.init(jax.random.key(seed), base, paths, lora_config)
-  state = init_state(adapters, tx, seed)
-  step = make_step(model, tx, lora_config)
-  evaluate = make_evaluation(model, lora_config)
-  losses, eval_losses = [], []
-  tokens = completion_tokens = examples = bad_steps = done = waited = 0
-  lowest, kept, stopped = math.inf, None, 'finished'
+  (outcome,) = train_wave(model, base, prepare(base, [job], config.steps), config, what, stop)
+  if isinstance(outcome, DivergedError):
+    raise outcome
+  return outcome
+
+
+def train_wave(
+  model: Transformer,
+  base: Params,
+  wave: Wave,
+  config: TrainConfig,
+  what: str = 'train',
+  stop: Callable[[], bool] = lambda: False,
+  step: Callable | None = None,
+  evaluate: Callable | None = None,
+) -> list[Outcome | DivergedError]:
+  """Trains cells together, each as it would train alone.
+
+  The learning rate falls over all of `config.steps`, whether or not a cell stops before.
+  A cell that diverges or stops early stands still while the others go on.
+
+  Args:
+    model: the Transformer, in the dtype and with the remat to train with.
+    base: its frozen parameters.
+    wave: the cells, from `prepare`; its states are used up.
+    config: length of the run, and which adapter it gives back.
+    what: name of the run for the progress display.
+    stop: asked before each step; where it says so, all end there.
+    step: from `make_step`, compiled or not; None: made here.
+    evaluate: from `make_evaluation`; None: made here.
+
+  Returns:
+    For each job its outcome, or why there is none.
+  """
+  jobs, states = wave.jobs, wave.states
+  step = make_step(model, wave.cells, jobs[0].lora.dropout) if step is None else step
+  evaluate = make_evaluation(model, wave.cells) if evaluate is None else evaluate
+  tracks = [_Track(job, config) for job in jobs]
+  streams = [job.batches() for job in jobs]
+  watched = _watched(jobs, wave.cells, config.positions)
+  latest: list[Batch] = [{}] * len(jobs)
   start, compile_seconds, eval_seconds = time.perf_counter(), 0.0, 0.0
 
-  def record(number, metrics):
+  still_running = lambda: [cell for cell, track in enumerate(tracks) if track.stopped is None]
+
+  def record(number, metrics, running):
     """Reads a step's metrics, one step late, so that the device never waits for us."""
-    nonlocal bad_steps
-    loss, bad_steps = float(metrics['loss']), int(metrics['bad_steps'])
-    losses.append(loss)
-    log({'step': number, 'loss': loss, 'grad_norm': float(metrics['grad_norm'])})
-    progress.advance(loss=loss)
-    if int(metrics['bad_in_a_row']) >= _MAX_BAD_STEPS:
-      raise DivergedError(f'{_MAX_BAD_STEPS} updates in a row were not finite, up to step {number}')
+    metrics = {name: np.asarray(values) for name, values in metrics.items()}
+    for cell in running:
+      tracks[cell].record(number, {name: values[cell] for name, values in metrics.items()})
+    losses = metrics['loss'][: len(jobs)]
+    progress.advance(loss=float(np.mean(losses)))
 
   def watch(number):
     """The loss on the rows kept out."""
     nonlocal eval_seconds
+    running = still_running()
+    if not running:
+      return
     eval_start = time.perf_counter()
-    eval_losses.append((number, evaluate(base, state.adapters, eval_batches)))
+    losses = evaluate(states.pack, base, watched)
     eval_seconds += time.perf_counter() - eval_start
-    log({'step': number, 'eval_loss': eval_losses[-1][1]})
-    return eval_losses[-1][1]
+    for cell in running:
+      keep = lambda cell=cell: packs.take(states.adapters, cell)
+      tracks[cell].watch(number, float(losses[cell]), keep)
 
-  try:
-    with Progress(what, config.steps) as progress:
-      if eval_batches and config.keep_best:
-        # What the base has: to see whether any of it was of use, never itself the best.
-        watch(0)
-      pending = None
-      for number in range(1, config.steps + 1):
-        if stop():
-          stopped = 'interrupted'
-          break
-        batch = next(batches)
-        tokens += int((batch['segments'] > 0).sum())
-        completion_tokens += int(batch['weights'].sum())
-        examples += int(np.max(batch['segments'], axis=1).sum())
-        state, metrics = step(state, base, batch)
-        done = number
-        if pending is not None:
-          record(*pending)
-        else:
-          jax.block_until_ready(metrics)
-          compile_seconds = time.perf_counter() - start - eval_seconds
-        pending = (number, metrics)
-        if eval_batches and (number % config.eval_every == 0 or number == config.steps):
-          jax.block_until_ready(metrics)
-          loss = watch(number)
-          waited += 1
-          if loss < lowest:
-            lowest, waited = loss, 0
-            if config.keep_best:
-              # The next step takes the buffers for its own.
-              kept = (number, jax.tree.map(jnp.copy, state.adapters))
-          if waited == config.patience > 0 and number < config.steps:
-            stopped = 'patience'
-            break
+  with Progress(what, config.steps) as progress:
+    if watched and config.keep_best:
+      # What the base has: to see whether any of it was of use, never itself the best.
+      watch(0)
+    pending = None
+    for number in range(1, config.steps + 1):
+      running = still_running()
+      if running and stop():
+        for cell in running:
+          tracks[cell].stopped = 'interrupted'
+        running = []
+      if not running:
+        break
+      for cell in running:
+        latest[cell] = next(streams[cell])
+        tracks[cell].count(latest[cell])
+      # Those that stand still see what they saw last, or what the first sees.
+      batches = [batch or latest[running[0]] for batch in latest]
+      batches += [batches[0]] * (wave.cells - len(batches))
+      active_C = np.isin(np.arange(wave.cells), running)
+      states, metrics = step(states, base, stack_batches(batches, config.positions), active_C)
       if pending is not None:
         record(*pending)
-    if done and bad_steps == done:
-      raise DivergedError(f'none of the {done} updates was finite')
-  except DivergedError:
-    if kept is None:
-      raise
-    stopped = 'diverged'
-  kept_step, adapters = kept or (done, state.adapters)
-  return Outcome(
-    adapters=adapters,
-    losses=losses,
-    eval_losses=eval_losses,
-    tokens=tokens,
-    completion_tokens=completion_tokens,
-    examples=examples,
-    seconds=time.perf_counter() - start,
-    compile_seconds=compile_seconds,
-    eval_seconds=eval_seconds,
-    bad_steps=bad_steps,
-    kept_step=kept_step,
-    stopped=stopped,
-  )
+      else:
+        jax.block_until_ready(metrics)
+        compile_seconds = time.perf_counter() - start - eval_seconds
+      pending = (number, metrics, running)
+      if watched and (number % config.eval_every == 0 or number == config.steps):
+        jax.block_until_ready(metrics)
+        watch(number)
+    if pending is not None:
+      record(*pending)
+
+  share = lambda seconds: seconds / len(jobs)
+  seconds = {
+    'cells': len(jobs),
+    'seconds': share(time.perf_counter() - start),
+    'compile_seconds': share(compile_seconds),
+    'eval_seconds': share(eval_seconds),
+  }
+  last = jax.tree.map(np.asarray, states.adapters)
+  return [
+    track.outcome(lambda cell=cell: packs.take(last, cell), wave.fresh[cell], seconds)
+    for cell, track in enumerate(tracks)
+  ]
+
+
+def _watched(jobs: Sequence[TrainJob], cells: int, positions: int) -> list[dict[str, Any]]:
+  """The rows kept out of all cells, stacked; who has fewer batches sees some of weight 0."""
+  most = max(len(job.eval_batches) for job in jobs)
+  any_batch = next((job.eval_batches[0] for job in jobs if job.eval_batches), None)
+  if any_batch is None:
+    return []
+  empty = {**any_batch, 'weights': np.zeros_like(any_batch['weights'])}
+  filled = [[*job.eval_batches, *[empty] * (most - len(job.eval_batches))] for job in jobs]
+  filled += [[empty] * most] * (cells - len(jobs))
+  return [stack_batches([own[i] for own in filled], positions) for i in range(most)]
+
+
+class _Track:
+  """What is known of one cell while it trains."""
+
+  def __init__(self, job: TrainJob, config: TrainConfig):
+    self._job, self._config = job, config
+    self.stopped: str | None = None
+    self._why: DivergedError | None = None
+    self._losses, self._eval_losses = [], []
+    self._tokens = self._completion_tokens = self._examples = 0
+    self._steps = self._bad_steps = self._waited = 0
+    self._lowest, self._kept = math.inf, None
+
+  def count(self, batch: Batch) -> None:
+    """A batch that the cell is about to see."""
+    seen = counts(batch)
+    self._steps += 1
+    self._tokens += seen.tokens
+    self._completion_tokens += seen.completion_tokens
+    self._examples += seen.examples
+
+  def record(self, number: int, metrics: Mapping[str, np.ndarray]) -> None:
+    """A step that was made; known one step late, so a cell that is over may hear of one more."""
+    if self._why is not None:
+      return
+    loss, self._bad_steps = float(metrics['loss']), int(metrics['bad_steps'])
+    self._losses.append(loss)
+    self._job.log({'step': number, 'loss': loss, 'grad_norm': float(metrics['grad_norm'])})
+    if int(metrics['bad_in_a_row']) >= _MAX_BAD_STEPS:
+      self._diverge(f'{_MAX_BAD_STEPS} updates in a row were not finite, up to step {number}')
+
+  def watch(self, number: int, loss: float, adapters: Callable[[], Any]) -> None:
+    """The loss on the rows kept out, and how to get the adapters that have it."""
+    if not self._job.eval_batches:
+      return
+    self._eval_losses.append((number, loss))
+    self._job.log({'step': number, 'eval_loss': loss})
+    if number == 0:
+      return
+    self._waited += 1
+    if loss < self._lowest:
+      self._lowest, self._waited = loss, 0
+      if self._config.keep_best:
+        self._kept = (number, adapters())
+    if self._waited == self._config.patience > 0 and number < self._config.steps:
+      self.stopped = 'patience'
+
+  def outcome(
+    self, last: Callable[[], Any], own: Params, seconds: Mapping[str, Any]
+  ) -> 'Outcome | DivergedError':
+    """How the cell ended, given the adapters that it has now and those that it began with."""
+    if self._why is None and self._steps and self._bad_steps == self._steps:
+      self._diverge(f'none of the {self._steps} updates was finite')
+    if self._why is not None and self._kept is None:
+      return self._why
+    kept_step, whole = self._kept or (self._steps, last())
+    return Outcome(
+      adapters=packs.extract(whole, own),
+      losses=self._losses,
+      eval_losses=self._eval_losses,
+      tokens=self._tokens,
+      completion_tokens=self._completion_tokens,
+      examples=self._examples,
+      bad_steps=self._bad_steps,
+      kept_step=kept_step,
+      stopped=self.stopped or 'finished',
+      **seconds,
+    )
+
+  def _diverge(self, why: str) -> None:
+    self._why, self.stopped = DivergedError(why), 'diverged'

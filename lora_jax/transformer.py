@@ -65,8 +65,11 @@ class KeyValues:
     return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   def write(self, new: 'KeyValues', start: jax.Array) -> 'KeyValues':
-    """Puts new tokens at slot `start` of every row: one slice, updated in place."""
-    put = lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, start, axis=3)
+    """Puts new tokens at slot `start` of every row: one slice, updated in place.
+
+    Both may have more axes before L: under `vmap` the slice would become a scatter.
+    """
+    put = lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, start, axis=-2)
     return KeyValues(put(self.k_LBKSH, new.k_LBKSH), put(self.v_LBKSH, new.v_LBKSH))
 
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import evaluate, lora
+from lora_jax import evaluate, lora, packs
+from lora_jax.config import LoraConfig
 from lora_jax.data.encode import encode_prompt
 from lora_jax.data.task import Prompt, Task
 from lora_jax.errors import UserError
@@ -61,7 +62,8 @@ def run(task, rows, new=NEW, params=None):
   model, weights, adapters, tokenizer = base()
   params = lora.attach(weights, adapters, 2.0) if params is None else params
   prompts = [encode_prompt(task, row, tokenizer, LIMIT) for row in rows]
-  return evaluate.score_task(model, params, task, rows, tokenizer, prompts, new, BATCH_ROWS)
+  questions = evaluate.Questions(task, rows, prompts, tokenizer, new)
+  return evaluate.score_task(model, params, questions, BATCH_ROWS)
 
 
 def test_few_rows_are_not_filled_up_to_a_whole_batch(monkeypatch):
@@ -124,6 +126,28 @@ def test_unmerged_adapters_score_as_merged_ones(task):
   _, weights, adapters, _ = base()
   merged = run(task, examples(), params=lora.merge(weights, adapters, 2.0))
   assert merged.rows == run(task, examples()).rows
+
+
+@pytest.mark.parametrize('task', [CHOOSE, WRITE])
+def test_a_pack_scores_as_its_cells_alone(task):
+  model, weights, adapters, tokenizer = base()
+  others = [
+    adapters,
+    jax.tree.map(lambda x: 0.5 * x, adapters),
+    jax.tree.map(lambda x: 0 * x, adapters),
+  ]
+  scales = packs.scales(adapters, LoraConfig(rank=4, alpha=8.0), packs.union([adapters]))
+  pack = packs.stack([packs.Pack(other, scales) for other in others])
+  prompts = [encode_prompt(task, row, tokenizer, LIMIT) for row in examples()]
+  questions = evaluate.Questions(task, examples(), prompts, tokenizer, NEW)
+  scored = evaluate.score_pack(model, weights, pack, 2, questions, 3 * BATCH_ROWS)
+  assert len(scored) == 2
+  for other, scores in zip(others, scored, strict=False):
+    alone = run(task, examples(), params=lora.attach(weights, other, 2.0))
+    assert scores.rows == alone.rows
+    assert (scores.means, scores.generated_tokens) == (alone.means, alone.generated_tokens)
+    assert scores.unfinished == alone.unfinished
+  assert scored[0].rows != scored[1].rows
 
 
 def test_means_are_percentages_of_the_rows():

@@ -4,8 +4,9 @@ import pytest
 import tiny_model
 from tiny_model import CONFIG, MODEL
 
-from lora_jax import lora
-from lora_jax.generate import generate
+from lora_jax import lora, packs
+from lora_jax.config import LoraConfig
+from lora_jax.generate import generate, generate_pack
 
 # No row ends where no token is this one.
 NEVER = -1
@@ -99,3 +100,21 @@ def test_adapters_attached_equal_adapters_merged(free):
     attached, run(prompts(), params=lora.merge(base, adapters, tiny_model.SCALE))
   )
   assert (attached != free).any()
+
+
+def test_a_pack_writes_what_each_of_its_cells_writes_alone(free):
+  base = tiny_model.params()
+  cells = [('o_proj', 0), ('all', 1), ('qkv,fc2', 2)]
+  adapters = [tiny_model.trained_adapters(*cell) for cell in cells]
+  shapes, config = packs.union(adapters), LoraConfig(rank=4, alpha=8.0)
+  pack = packs.stack(
+    [packs.Pack(packs.embed(own, shapes), packs.scales(own, config, shapes)) for own in adapters]
+  )
+  # A token that ends some rows, at different steps in different cells.
+  eos_id = int(free[0, 2])
+  together = np.asarray(generate_pack(MODEL, base, pack, *padded(prompts()), NEW, eos_id))
+  assert together.shape == (3, len(LENGTHS), NEW)
+  for out, own in zip(together, adapters, strict=True):
+    attached = lora.attach(base, own, tiny_model.SCALE)
+    np.testing.assert_array_equal(out, run(prompts(), eos_id, params=attached))
+  assert len({out.tobytes() for out in together}) == 3

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lora_jax.config import OptimConfig
-from lora_jax.optim import optimizer, schedule
+from lora_jax.optim import Hyper, optimizer, schedule
 
 CONFIG = OptimConfig(learning_rate=1e-2, lr_ratio=1.0, warmup=0.1, final_rate=0.1)
 
@@ -21,7 +21,7 @@ def adapters(seed=0):
 
 def updates(config, gradients, steps=100):
   """What the optimiser adds to the adapters for each gradient in turn, and its last state."""
-  tx = optimizer(config, steps)
+  tx = optimizer(Hyper.of(config, steps))
   state, given, out = tx.init(adapters()), adapters(), []
   update = jax.jit(tx.update)
   for gradient in gradients:
@@ -93,7 +93,7 @@ def test_weight_decay_pulls_towards_zero():
 
 def test_weight_decay_leaves_magnitudes_norms_and_biases_alone():
   tree = {'o_proj': {'a': jnp.ones((2, 2)), 'm': jnp.ones(2)}, 'norm': {'scale': jnp.ones(2)}}
-  tx = optimizer(dataclasses.replace(CONFIG, weight_decay=0.1), 100)
+  tx = optimizer(Hyper.of(dataclasses.replace(CONFIG, weight_decay=0.1), 100))
   added, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree), tree)
   assert (added['o_proj']['a'] < 0).all()
   assert not added['o_proj']['m'].any()
@@ -119,7 +119,35 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad):
 
 
 def test_state_is_float32_and_mirrors_the_adapters():
-  state = optimizer(CONFIG, 10).init(adapters())
+  state = optimizer(Hyper.of(CONFIG, 10)).init(adapters())
   moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
   assert len(moments) == 2 * len(jax.tree.leaves(adapters()))
   assert {leaf.dtype for leaf in moments} == {jnp.dtype('float32')}
+
+
+def test_one_program_serves_any_hyperparameters():
+  others = [
+    CONFIG,
+    OptimConfig(3e-3, lr_ratio=8.0, warmup=0.3, weight_decay=0.1, clip_norm=0.5, beta1=0.8),
+    OptimConfig(1e-4, final_rate=0.0, beta2=0.999),
+  ]
+
+  @jax.jit
+  @jax.vmap
+  def last(hyper):
+    tx, given = optimizer(hyper), adapters()
+    state = tx.init(given)
+    for seed in range(4):
+      added, state = tx.update(adapters(seed), state, given)
+      given = optax.apply_updates(given, added)
+    return given
+
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(Hyper.of(c, 4) for c in others))
+  together = last(stacked)
+  for i, config in enumerate(others):
+    given = adapters()
+    for added in updates(config, [adapters(seed) for seed in range(4)], steps=4)[0]:
+      given = optax.apply_updates(given, added)
+    own = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(given), strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from lora_jax import lora, lora_family, packs
 from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.presets import ARTICLE_TARGETS
 from lora_jax.step import make_evaluation, make_step, stack_batches
-from lora_jax.train import DivergedError, Job, Outcome, prepare, train_wave
+from lora_jax.train import DivergedError, Outcome, TrainJob, prepare, train_wave
 
 MODEL = tiny_model.MODEL
 CONFIG = dataclasses.replace(STEPS, steps=12, eval_every=4)
@@ -21,7 +21,7 @@ CONFIG = dataclasses.replace(STEPS, steps=12, eval_every=4)
 def job(targets, seed=0, lora_config=LORA, optim=OPTIM, batches=None, watched=2):
   paths = lora.resolve(targets, tiny_model.params())
   stream = (lambda: toy_batches(seed)) if batches is None else (lambda: batches)
-  return Job(
+  return TrainJob(
     paths, lora_config, optim, seed, stream, list(itertools.islice(toy_batches(99), watched))
   )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import warnings
 
@@ -20,7 +19,7 @@ from lora_jax import lora, lora_family
 from lora_jax.config import OptimConfig, TrainConfig
 from lora_jax.hub import huggingface
 from lora_jax.hub import peft as ours
-from lora_jax.train import train
+from lora_jax.train import TrainJob, train
 from lora_jax.transformer import Transformer
 
 transformers = pytest.importorskip('transformers', reason='installs on Python 3.11')
@@ -241,17 +240,9 @@ def _trained_here(kind):
 
 
 def _after_two_steps(targets, config):
-  return train(
-    MODEL,
-    params(),
-    lora.resolve(targets, params()),
-    itertools.islice(toy_batches(), 2),
-    [],
-    TrainConfig(steps=2, dtype='float32'),
-    config,
-    OptimConfig(learning_rate=5e-2, lr_ratio=2.0),
-    seed=0,
-  ).adapters
+  optim = OptimConfig(learning_rate=5e-2, lr_ratio=2.0)
+  job = TrainJob(lora.resolve(targets, params()), config, optim, 0, toy_batches)
+  return train(MODEL, params(), job, TrainConfig(steps=2, dtype='float32')).adapters
 
 
 def test_the_base_is_there_after_training_its_norms():

@@ -13,7 +13,7 @@ from tiny_model import CONFIG, SCALE
 from lora_jax.attention import SHARED
 from lora_jax.data import pipeline
 from lora_jax.data.encode import Encoded
-from lora_jax.train import batch_loss
+from lora_jax.step import batch_loss
 from lora_jax.transformer import Transformer
 
 PREFIX = 21

@@ -18,10 +18,10 @@ from lora_jax.config import QUANTIZE, LoraConfig, ModelConfig, OptimConfig, Trai
 from lora_jax.errors import UserError
 from lora_jax.generate import generate
 from lora_jax.hub import bases
-from lora_jax.optim import optimizer
 from lora_jax.quantize import KINDS, dequantize, footprint, quantize, specs, store
 from lora_jax.quantized import Nf4Kernel, QuantizedKernel
-from lora_jax.train import init_state, make_step, train
+from lora_jax.step import make_step, stack_batches
+from lora_jax.train import TrainJob, prepare, train
 from lora_jax.transformer import Transformer, abstract_params
 
 EACH_KIND = pytest.mark.parametrize('kind', list(KINDS))
@@ -272,17 +272,15 @@ def test_the_loss_falls_and_the_base_stays(kind):
   before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base)]
   watched = list(itertools.islice(batches(), 1))
   config = TrainConfig(steps=12, eval_every=6, dtype='float32')
-  outcome = train(
-    MODEL,
-    base,
+  job = TrainJob(
     lora.resolve('all', base),
-    batches(),
-    watched,
-    config,
     LoraConfig(rank=RANK, alpha=2.0 * RANK),
     OptimConfig(learning_rate=1e-2, lr_ratio=1.0),
     seed=0,
+    batches=batches,
+    eval_batches=watched,
   )
+  outcome = train(MODEL, base, job, config)
   assert outcome.eval_losses[-1][1] < 0.8 * outcome.losses[0]
   assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base)] == before
 
@@ -293,15 +291,14 @@ WIDE = ModelConfig(64, 6, 256, 4, 4, 64, 1024, 64)
 
 def temporaries(base):
   """Bytes that the compiled training step wants beside its arguments and results."""
-  lora_config, tx = LoraConfig(rank=RANK), optimizer(OptimConfig(), 10)
-  paths = lora.resolve('all', base)
-
-  def fresh(base):
-    return init_state(lora.init(jax.random.key(0), base, paths, RANK), tx, 0)
-
+  job = TrainJob(lora.resolve('all', base), LoraConfig(rank=RANK), OptimConfig(), 0, batches)
+  # Of the adapters' start only shapes count, and those a base of zeros has too.
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), base)
+  wave = prepare(zeros, [job], 10)
   batch = {name: array[:1] for name, array in next(batches()).items()}
-  step = make_step(Transformer(WIDE), tx, lora_config)
-  return step.lower(jax.eval_shape(fresh, base), base, batch).compile().memory_analysis()
+  step = make_step(Transformer(WIDE), 1)
+  lowered = step.lower(wave.states, base, stack_batches([batch]), np.asarray([True]))
+  return lowered.compile().memory_analysis()
 
 
 @ONE_KIND

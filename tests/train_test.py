@@ -9,10 +9,17 @@ import pytest
 import tiny_model
 from tiny_model import CONFIG, MODEL
 
-from lora_jax import lora
+from lora_jax import lora, packs
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
-from lora_jax.optim import optimizer
-from lora_jax.train import DivergedError, batch_loss, init_state, make_evaluation, make_step, train
+from lora_jax.step import (
+  batch_loss,
+  init_state,
+  make_evaluation,
+  make_step,
+  part_rows,
+  stack_batches,
+)
+from lora_jax.train import DivergedError, TrainJob, train
 from lora_jax.transformer import Transformer
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -61,12 +68,10 @@ def run(
   **changes,
 ):
   base = tiny_model.params() if base is None else base
-  paths = lora.resolve(targets, base)
   config = dataclasses.replace(STEPS, **changes)
   watched = list(itertools.islice(toy_batches(99), 2))
-  return train(
-    model, base, paths, toy_batches(), watched, config, LORA, optim, seed, log, stop=stop
-  )
+  job = TrainJob(lora.resolve(targets, base), LORA, optim, seed, toy_batches, watched, log)
+  return train(model, base, job, config, stop=stop)
 
 
 @functools.cache
@@ -135,6 +140,30 @@ def test_two_steps_end_to_end_leave_the_base_as_it_was():
   assert {leaf.dtype for leaf in jax.tree.leaves(outcome.adapters)} == {jnp.dtype('float32')}
 
 
+@pytest.mark.parametrize('positions', [1, LENGTH, 2 * LENGTH])
+def test_parts_of_a_batch_add_up_to_it(positions):
+  whole, parts = (run(positions=n, steps=4, eval_every=2) for n in (ROWS * LENGTH, positions))
+  np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
+  np.testing.assert_allclose(parts.eval_losses, whole.eval_losses, rtol=1e-5)
+  tiny_model.assert_trees_close(parts.adapters, whole.adapters, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'length', 'cells', 'positions', 'together'),
+  [
+    (8, 128, 1, 1024, 8),
+    (8, 256, 1, 1024, 4),
+    (6, 256, 1, 1024, 3),
+    (5, 384, 1, 1024, 1),
+    (8, 128, 4, 1024, 2),
+    (2, 2048, 1, 1024, 1),
+    (8, 256, 1, 0, 4),
+  ],
+)
+def test_parts_are_as_large_as_may_be_and_alike(rows, length, cells, positions, together):
+  assert part_rows(rows, length, cells, positions) == together
+
+
 def test_small_updates_survive_a_bfloat16_base():
   base = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tiny_model.params())
   model = Transformer(CONFIG, dtype=jnp.bfloat16)
@@ -148,18 +177,22 @@ def test_small_updates_survive_a_bfloat16_base():
   assert (outcome.adapters['layers']['attn']['o_proj']['b'] != 0).mean() > 0.95
 
 
+def evaluate(adapters, batches):
+  states = packs.stack([init_state(adapters, LORA, OPTIM, 1, 0)])
+  (mean,) = make_evaluation(MODEL, 1)(states.pack, tiny_model.params(), batches)
+  return mean
+
+
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
 def test_a_step_uses_dropout_where_asked_and_evaluation_never(dropout):
-  config = dataclasses.replace(LORA, dropout=dropout)
-  adapters, batch = tiny_model.trained_adapters('all'), next(toy_batches())
-  tx = optimizer(OPTIM, 10)
-  step = make_step(MODEL, tx, config)
+  adapters, batch = tiny_model.trained_adapters('all'), stack_batches([next(toy_batches())])
+  step = make_step(MODEL, 1, dropout)
   losses = []
   for seed in range(2):
-    # The state is donated.
-    own = jax.tree.map(jnp.copy, adapters)
-    losses.append(float(step(init_state(own, tx, seed), tiny_model.params(), batch)[1]['loss']))
-  exact = make_evaluation(MODEL, config)(tiny_model.params(), adapters, [batch])
+    states = packs.stack([init_state(adapters, LORA, OPTIM, 10, seed)])
+    metrics = step(states, tiny_model.params(), batch, np.asarray([True]))[1]
+    losses.append(float(metrics['loss'][0]))
+  exact = evaluate(adapters, [batch])
   if dropout:
     assert abs(losses[0] - losses[1]) > 1e-4
     assert abs(losses[0] - exact) > 1e-4
@@ -171,7 +204,7 @@ def test_evaluation_weighs_tokens_not_batches():
   one, two = itertools.islice(toy_batches(5), 2)
   two = {**two, 'weights': two['weights'] * (np.arange(LENGTH) < 4)}
   adapters = tiny_model.trained_adapters('o_proj')
-  mean = make_evaluation(MODEL, LORA)(tiny_model.params(), adapters, [one, two])
+  mean = evaluate(adapters, [stack_batches([batch]) for batch in (one, two)])
   sums = [
     batch_loss(MODEL, tiny_model.params(), adapters, batch, LORA.scale) for batch in (one, two)
   ]
@@ -200,7 +233,9 @@ def test_one_bad_batch_is_left_out_and_counted():
   stream = itertools.chain(itertools.islice(sound, 3), [bad], sound)
   base = tiny_model.params()
   config = dataclasses.replace(STEPS, steps=6)
-  outcome = train(MODEL, base, lora.resolve('all', base), stream, [], config, LORA, OPTIM, seed=0)
+  outcome = train(
+    MODEL, base, TrainJob(lora.resolve('all', base), LORA, OPTIM, 0, lambda: stream), config
+  )
   assert outcome.bad_steps == 1
   assert list(np.isfinite(outcome.losses)) == [True] * 3 + [False] + [True] * 2
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(outcome.adapters))
@@ -219,7 +254,7 @@ def scripted(monkeypatch, losses):
   """Evaluations that give these losses, whatever was learned."""
   given = iter(losses)
   monkeypatch.setattr(
-    'lora_jax.train.make_evaluation', lambda model, config: lambda *arguments: next(given)
+    'lora_jax.train.make_evaluation', lambda model, cells: lambda *arguments: [next(given)]
   )
 
 
@@ -288,5 +323,5 @@ def test_what_diverges_after_its_best_gives_the_best(monkeypatch):
   config = dataclasses.replace(STEPS, steps=9, eval_every=2, keep_best=True)
   paths = lora.resolve('o_proj', base)
   stream = itertools.chain(sound, itertools.repeat(bad))
-  outcome = train(MODEL, base, paths, stream, [batch], config, LORA, OPTIM, seed=0)
+  outcome = train(MODEL, base, TrainJob(paths, LORA, OPTIM, 0, lambda: stream, [batch]), config)
   assert (outcome.kept_step, outcome.stopped) == (2, 'diverged')

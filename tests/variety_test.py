@@ -13,7 +13,7 @@ from lora_jax import lora
 from lora_jax.config import RopeScaling
 from lora_jax.evaluate import next_log_probs
 from lora_jax.generate import generate
-from lora_jax.train import batch_loss
+from lora_jax.step import batch_loss
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, init_params, logits
 
 CONFIG = dataclasses.replace(
