@@ -124,7 +124,6 @@ def score_pack(
     batch_rows: prompts that run together, those of all cells counted.
     what: name of the work for the progress display.
   """
-  size = next(iter(pack.scales.values())).shape[0]
 
   def predict(tokens, lengths):
     if questions.task.choices is not None:
@@ -133,7 +132,7 @@ def score_pack(
     most = questions.max_new_tokens
     return generate_pack(model, base, pack, tokens, lengths, most, eos_id)
 
-  return _score(predict, cells, questions, max(1, batch_rows // size), what)
+  return _score(predict, cells, questions, max(1, batch_rows // pack.cells), what)
 
 
 # tokens (B, T), lengths (B,) -> generated tokens (C, B, T), or log probabilities (C, B, V)
@@ -179,7 +178,7 @@ class _Sheet:
       return
     ends = np.flatnonzero(found == tokenizer.eos_id)
     length = int(ends[0]) if len(ends) else self._questions.max_new_tokens
-    self._predictions[i] = tokenizer.decode(found[:length])
+    self._predictions[i] = tokenizer.decode(found[:length].tolist())
     self._generated += min(length + 1, self._questions.max_new_tokens)
     self._unfinished += not len(ends)
 

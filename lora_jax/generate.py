@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.kernels import Kernel
 from lora_jax.packs import Pack
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
@@ -46,7 +47,8 @@ def generate(
     on. Generation stops early once every row has ended.
   """
   for_cells = lambda f, *arrays: f(params, *arrays)
-  return _continue(model, for_cells, params, prompts_BT, lengths_B, max_new_tokens, eos_id)
+  head = head_kernel(model, params, prompts_BT.shape[0])
+  return _continue(model, for_cells, head, prompts_BT, lengths_B, max_new_tokens, eos_id)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -64,13 +66,14 @@ def generate_pack(
   def for_cells(f, *arrays):
     return jax.vmap(lambda cell, *own: f(cell.attach(base), *own))(pack, *arrays)
 
-  return _continue(model, for_cells, base, prompts_BT, lengths_B, max_new_tokens, eos_id)
+  head = head_kernel(model, base, pack.cells * prompts_BT.shape[0])
+  return _continue(model, for_cells, head, prompts_BT, lengths_B, max_new_tokens, eos_id)
 
 
 def _continue(
   model: Transformer,
   for_cells: _ForCells,
-  base: Params,
+  head: Kernel,
   prompts_BT: jax.Array,
   lengths_B: jax.Array,
   max_new_tokens: int,
@@ -82,7 +85,6 @@ def _continue(
   done by copying them, at every step.
   """
   batch, time = prompts_BT.shape
-  head = head_kernel(model, base)
 
   def next_token(hidden_BD):
     return jnp.argmax(logits(model, hidden_BD, head), axis=-1).astype(jnp.int32)

@@ -40,6 +40,11 @@ class Pack:
   adapters: Any
   scales: Any
 
+  @property
+  def cells(self) -> int:
+    """C."""
+    return next(iter(self.scales.values())).shape[0]
+
   def attach(self, base: Mapping[str, Any]) -> dict:
     """One cell's adapters on its base; to be called under `vmap`, without the axis C."""
     return lora.attach(base, self.adapters, self.scales)

@@ -41,6 +41,9 @@ from lora_jax.attention import attend, causal_mask, self_attend, softcap
 from lora_jax.config import ModelConfig
 from lora_jax.kernels import Kernel, dot
 
+# As many rows or fewer are few to a matrix product on a CPU.
+_FEW_ROWS = 64
+
 _init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
@@ -328,15 +331,23 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
   return dict(Transformer(config).init(key, tokens, method='init_all')['params'])
 
 
-def head_kernel(model: Transformer, params: Mapping[str, Any]) -> Kernel:
+def head_kernel(model: Transformer, params: Mapping[str, Any], rows: int | None = None) -> Kernel:
   """The head as a kernel (D, V), laid out once for many products.
 
   A tied table is (V, D) and the product wants (D, V). Left to itself the compiler
-  multiplies by the transposed view each time, several times slower on a CPU.
+  multiplies by the transposed view each time, which on a CPU is several times slower for
+  hundreds of rows, and twice as fast for a few (BUILD_NOTES.md, Speed).
+
+  Args:
+    model: the Transformer.
+    params: its parameters.
+    rows: hidden states in one product, where they may be few; None: many.
   """
   if not model.config.tie_embeddings:
     return params['lm_head']['kernel']
   table_DV = params['embed_tokens']['embedding'].astype(model.dtype).T
+  if rows is not None and 1 < rows <= _FEW_ROWS:
+    return table_DV
   return jax.lax.optimization_barrier(table_DV)
 
 
