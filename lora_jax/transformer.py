@@ -37,9 +37,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import rotary
-from lora_jax.attention import attend, causal_mask, self_attend, softcap
+from lora_jax.attention import attend, causal_mask, softcap
 from lora_jax.config import ModelConfig
 from lora_jax.kernels import Kernel, dot
+from lora_jax.self_attention import SelfAttention
 
 # As many rows or fewer are few to a matrix product on a CPU.
 _FEW_ROWS = 64
@@ -99,10 +100,13 @@ class Layer:
   magnitude: jax.Array | None = None
 
   @classmethod
-  def stacked(cls, config: ModelConfig) -> 'Layer':
-    """All layers, with a leading axis L for `scan` to take off."""
+  def stacked(cls, config: ModelConfig, farthest: int = NOWHERE) -> 'Layer':
+    """All layers, with a leading axis L for `scan` to take off.
+
+    No two tokens are `farthest` tokens apart, so that windows as long hide nothing.
+    """
     window = frequencies_h = magnitude = None
-    if config.windows:
+    if any(0 < length < farthest for length in config.windows):
       windows_L = np.asarray(config.windows, np.int32)
       window = jnp.asarray(np.where(windows_L > 0, windows_L, NOWHERE))
     if config.rope_thetas:
@@ -172,6 +176,7 @@ class Attention(nn.Module):
   """Grouped-query attention with rotary positions."""
 
   config: ModelConfig
+  self_attention: SelfAttention
 
   @nn.compact
   def __call__(self, x_BTD, layer, positions_BT, segments_BT, past):
@@ -193,7 +198,7 @@ class Attention(nn.Module):
     v_BKTH = v_BTKH.swapaxes(1, 2)
     score = {'scale': c.query_scale, 'cap': c.attention_cap}
     if not past:
-      out_BTNH = self_attend(
+      out_BTNH = self.self_attention(
         q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT, layer.window, **score
       )
     else:
@@ -228,13 +233,15 @@ class Block(nn.Module):
   """
 
   config: ModelConfig
+  attention: SelfAttention
 
   @nn.compact
   def __call__(self, x_BTD, past_kv, layer, positions_BT, segments_BT, past_positions):
     c = self.config
     past = [*zip(past_kv, past_positions, strict=True)]
     normed = _norm(c, 'input_layernorm')(x_BTD)
-    attn_BTD, new_kv = Attention(c, name='attn')(normed, layer, positions_BT, segments_BT, past)
+    attend = Attention(c, self.attention, name='attn')
+    attn_BTD, new_kv = attend(normed, layer, positions_BT, segments_BT, past)
     if not c.post_norms:
       x_BTD = x_BTD + attn_BTD
       normed = _norm(c, 'post_attention_layernorm')(x_BTD)
@@ -251,11 +258,13 @@ class Transformer(nn.Module):
     config: the shape.
     dtype: of activations and products; norms, softmax and rotations are float32.
     remat: recompute each block in the backward pass instead of keeping its insides.
+    attention: what tokens of one call attend to each other by.
   """
 
   config: ModelConfig
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
+  attention: SelfAttention = SelfAttention()
 
   def setup(self):
     c = self.config
@@ -269,7 +278,7 @@ class Transformer(nn.Module):
       split_rngs={'params': True},
       in_axes=axes,
       length=c.num_layers,
-    )(c)
+    )(c, self.attention)
     self.norm = RMSNorm(c.norm_eps, c.norm_offset)
     if not c.tie_embeddings:
       self.lm_head = Dense(c.vocab_size, jnp.float32)
@@ -302,7 +311,7 @@ class Transformer(nn.Module):
     if self.config.embed_scale != 1:
       # transformers rounds the factor too.
       x_BTD *= jnp.asarray(self.config.embed_scale, self.dtype)
-    layers = Layer.stacked(self.config)
+    layers = Layer.stacked(self.config, NOWHERE if past else tokens_BT.shape[1])
     x_BTD, new_kv = self.layers(x_BTD, past_kv, layers, positions_BT, segments_BT, past_positions)
     return self.norm(x_BTD), KeyValues(*new_kv)
 

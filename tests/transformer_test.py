@@ -9,6 +9,7 @@ import tiny_model
 from tiny_model import CONFIG, MODEL
 
 from lora_jax.rotary import frequencies, rotate
+from lora_jax.self_attention import SelfAttention
 from lora_jax.transformer import (
   NOWHERE,
   Block,
@@ -91,7 +92,7 @@ def test_remat_changes_neither_value_nor_gradient():
 def test_the_scan_equals_a_loop_over_blocks():
   params, tokens_BT = tiny_model.params(), tiny_model.tokens(2, 9)
   block = jax.jit(
-    lambda layer, x_BTD: Block(CONFIG).apply(
+    lambda layer, x_BTD: Block(CONFIG, SelfAttention()).apply(
       {'params': layer}, x_BTD, (), Layer(), POSITIONS, None, ()
     )
   )
