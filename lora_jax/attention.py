@@ -15,7 +15,7 @@ import jax.numpy as jnp
 _HIDDEN = -1e30
 
 # Queries per block, and the most blocks that one program is unrolled into.
-_BLOCK = 128
+_BLOCK = 64
 _MAX_BLOCKS = 16
 
 # The segment of tokens that every segment of their row continues. Segment 0 is padding.

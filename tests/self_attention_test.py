@@ -112,7 +112,7 @@ def test_masks_for_cudnn_hide_what_blocks_hide(monkeypatch, rows, window):
   elif rows == 'shared prefix':
     prefix = in_order < 30
     positions = jnp.where(prefix, in_order, 30 + positions)
-    segments = jnp.where(prefix, -1, segments)
+    segments = jnp.where(prefix, attention.SHARED, segments)
   others = (positions, segments, None if window is None else jnp.asarray(window), 0.3)
   ours = value_and_gradients(SelfAttention(), draw(2), *others)
   assert_close(ours, value_and_gradients(attention.self_attend, draw(2), *others))
