@@ -39,6 +39,7 @@ from lora_jax.records import (
   versions,
   write_json,
 )
+from lora_jax.step import for_batches
 from lora_jax.tracking import open_trackers
 from lora_jax.train import DivergedError, Outcome, TrainJob, train
 from lora_jax.transformer import Transformer
@@ -179,7 +180,7 @@ def run(
         watched,
         log,
       )
-      outcome = train(model, params, to_train, job.train, stop=stop)
+      outcome = train(for_batches(model, rows.shape), params, to_train, job.train, stop=stop)
     except DivergedError as error:
       write_json(out / 'run.json', {**record, 'status': 'diverged', 'why': str(error)})
       raise

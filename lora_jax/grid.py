@@ -17,7 +17,7 @@ import numpy as np
 from lora_jax import lora_family, packs
 from lora_jax.config import TrainConfig
 from lora_jax.data.pipeline import Batch, BatchShape
-from lora_jax.step import CPU_POSITIONS, make_evaluation, make_step, stack_batches
+from lora_jax.step import CPU_POSITIONS, for_batches, make_evaluation, make_step, stack_batches
 from lora_jax.train import DivergedError, Outcome, TrainJob, Wave, prepare, train_wave
 from lora_jax.transformer import Transformer
 
@@ -39,7 +39,7 @@ class Trainer:
     self._model, self._base, self._config, self._most = model, base, config, cells
     self._resident = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     self._steps: dict[tuple, jax.stages.Compiled] = {}
-    self._evaluations: dict[int, Any] = {}
+    self._evaluations: dict[tuple, Any] = {}
 
   def train(
     self, jobs: Sequence[TrainJob], shape: BatchShape, what: str = 'train'
@@ -69,7 +69,7 @@ class Trainer:
             self._config,
             what if len(group) == 1 else f'{what}, {_place(done, chosen)} of {len(group)}',
             step=self._step(wave, shape),
-            evaluate=self._evaluation(cells),
+            evaluate=self._evaluation(cells, shape),
           )
         except jax.errors.JaxRuntimeError as error:
           if 'RESOURCE_EXHAUSTED' not in str(error) or cells == 1:
@@ -128,14 +128,15 @@ class Trainer:
         stack_batches([batch] * wave.cells, self._config.positions),
         np.ones(wave.cells, bool),
       )
-      step = make_step(self._model, wave.cells, dropout)
+      step = make_step(for_batches(self._model, shape), wave.cells, dropout)
       self._steps[key] = step.lower(wave.states, self._base, batches, active_C).compile()
     return self._steps[key]
 
-  def _evaluation(self, cells: int) -> Any:
-    if cells not in self._evaluations:
-      self._evaluations[cells] = make_evaluation(self._model, cells)
-    return self._evaluations[cells]
+  def _evaluation(self, cells: int, shape: BatchShape) -> Any:
+    key = (cells, shape)
+    if key not in self._evaluations:
+      self._evaluations[key] = make_evaluation(for_batches(self._model, shape), cells)
+    return self._evaluations[key]
 
 
 def _even(jobs: int, cells: int) -> int:

@@ -19,9 +19,10 @@ import optax
 
 from lora_jax import lora, packs
 from lora_jax.config import LoraConfig, OptimConfig
-from lora_jax.data.pipeline import Batch
+from lora_jax.data.pipeline import Batch, BatchShape
 from lora_jax.loss import CHUNK, chunks_in_use, completion_loss
 from lora_jax.optim import Hyper, optimizer
+from lora_jax.self_attention import SelfAttention
 from lora_jax.transformer import Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
@@ -57,6 +58,11 @@ class TrainState:
   def pack(self) -> packs.Pack:
     """What evaluation needs of it."""
     return packs.Pack(self.adapters, self.scales)
+
+
+def for_batches(model: Transformer, shape: BatchShape) -> Transformer:
+  """The model as it is fastest on batches of a shape: attention may count on what is not there."""
+  return model.clone(attention=SelfAttention(shared_prefix=bool(shape.prefix)))
 
 
 def init_state(
