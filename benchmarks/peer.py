@@ -1,74 +1,30 @@
-"""Runs the PEFT peer on batches of ours and returns its record.
+"""Trains adapters with a peer, in the peer's own environment and process.
 
 batches = pad([(tokens, completion), ...], rows_per_batch=8, pad_id=0)
-record = run(config, params, batches, dtype='bfloat16', modules=('o_proj',), rank=8, steps=20)
+record = run_peft(weights, batches, dtype='bfloat16', modules=('o_proj',), rank=8, steps=20)
 record['real_tokens_per_second'], record['peak_bytes']
 """
 
-import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks import batches as batching
+from benchmarks import side
 from launch import local
-from lora_jax.config import ModelConfig
 from lora_jax.errors import UserError
-from lora_jax.hub import huggingface
 
-# The label that transformers' loss leaves out.
-IGNORED = -100
-
-
-@dataclasses.dataclass(frozen=True)
-class PaddedBatch:
-  """Rows padded to the longest of them.
-
-  Attributes:
-    tokens_BT: token ids.
-    labels_BT: the same where a loss is taken on the token, else `IGNORED`.
-    mask_BT: 1 on real tokens, 0 on padding.
-  """
-
-  tokens_BT: np.ndarray
-  labels_BT: np.ndarray
-  mask_BT: np.ndarray
-
-
-def pad(
-  rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]],
-  rows_per_batch: int,
-  pad_id: int,
-) -> list[PaddedBatch]:
-  """Batches rows in their order, as a collator that pads to the longest row does.
-
-  Args:
-    rows: token ids of a row, and for each whether a loss is taken on it.
-    rows_per_batch: B; the last batch may be smaller.
-    pad_id: the token that fills up, on the right.
-  """
-  batches = []
-  for start in range(0, len(rows), rows_per_batch):
-    chosen = rows[start : start + rows_per_batch]
-    shape = (len(chosen), max(len(tokens) for tokens, _ in chosen))
-    tokens_BT = np.full(shape, pad_id, np.int32)
-    labels_BT = np.full(shape, IGNORED, np.int32)
-    mask_BT = np.zeros(shape, np.int32)
-    for i, (tokens, learned) in enumerate(chosen):
-      tokens_BT[i, : len(tokens)] = tokens
-      labels_BT[i, : len(tokens)] = np.where(learned, tokens, IGNORED)
-      mask_BT[i, : len(tokens)] = 1
-    batches.append(PaddedBatch(tokens_BT, labels_BT, mask_BT))
-  return batches
+# The versions that `benchmarks/tunix_peer.py` was written for.
+_TUNIX = ('google-tunix==0.1.7', 'qwix==0.1.8')
 
 
 def python() -> Path:
-  """The interpreter of the environment that has the peer, made on first use.
+  """The interpreter of the environment that has PEFT, made on first use.
 
   Raises:
     UserError: this machine has no Python for it, or it could not be installed.
@@ -79,28 +35,53 @@ def python() -> Path:
     raise UserError(f'the PEFT peer: {error}') from error
 
 
-def run(
-  config: ModelConfig,
-  params: Mapping[str, Any],
-  batches: Sequence[PaddedBatch],
+def tunix_python(root: Path = local.ROOT) -> Path:
+  """The interpreter of `.venv/tunix`, made on first use from the Python that runs this.
+
+  An environment of its own, since Tunix brings a hundred packages.
+
+  Raises:
+    UserError: it could not be installed.
+  """
+  folder, log = root / '.venv' / 'tunix', root / '.venv' / 'tunix.log'
+  interpreter, stamp = folder / 'bin' / 'python', folder / 'stamp.json'
+  wanted = json.dumps([*_TUNIX, sys.version])
+  if stamp.is_file() and stamp.read_text() == wanted:
+    return interpreter
+  folder.parent.mkdir(exist_ok=True)
+  print(f'setting up {folder} (once; about a minute; log in {log})', file=sys.stderr)
+  with log.open('w') as file:
+    for command in (
+      [sys.executable, '-m', 'venv', '--clear', str(folder)],
+      [str(interpreter), '-m', 'pip', 'install', '--no-input', *_TUNIX],
+    ):
+      done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+      if done.returncode != 0:
+        raise UserError(f'Tunix could not be installed: see {log}, or leave tunix out of --peers')
+  stamp.write_text(wanted)
+  return interpreter
+
+
+def run_peft(
+  weights: Path,
+  batches: Sequence[batching.PaddedBatch],
   dtype: str,
   modules: Sequence[str],
   rank: int,
   steps: int,
   compiled: bool = False,
 ) -> dict[str, Any]:
-  """Trains adapters with PEFT in a process of its own.
+  """Trains adapters with PEFT and transformers.
 
   Args:
-    config: the base's shape.
-    params: the base.
+    weights: the base, a directory in Hugging Face's layout.
     batches: gone round as often as the steps need.
     dtype: of the base and its activations, 'float32' or 'bfloat16'; PEFT keeps the
       adapters float32.
     modules: names of the modules to adapt, such as 'o_proj'.
     rank: R.
-    steps: timed steps, after two that are not.
-    compiled: whether the peer compiles its model (needs a C++ compiler).
+    steps: timed steps, after some that are not.
+    compiled: whether the peer compiles its model.
 
   Returns:
     The record that `benchmarks/peft_peer.py` writes.
@@ -108,32 +89,46 @@ def run(
   Raises:
     UserError: the peer could not be installed, or failed.
   """
-  interpreter = python()
+  extra = ['--compile'] if compiled else []
+  return _run(python(), 'peft_peer', 'PEFT', weights, batches, dtype, modules, rank, steps, extra)
+
+
+def run_tunix(
+  weights: Path,
+  batches: Sequence[batching.PaddedBatch],
+  dtype: str,
+  modules: Sequence[str],
+  rank: int,
+  steps: int,
+) -> dict[str, Any]:
+  """Trains adapters with Tunix and qwix; arguments, result and errors as of `run_peft`."""
+  interpreter = tunix_python()
+  return _run(interpreter, 'tunix_peer', 'Tunix', weights, batches, dtype, modules, rank, steps)
+
+
+def check_compiler() -> None:
+  """Raises `UserError` where torch.compile would find no C++ compiler."""
+  if not any(shutil.which(name) for name in ('g++', 'clang++', 'c++')):
+    raise UserError(
+      '--peer_compile needs a C++ compiler, and none is on PATH (Debian, Ubuntu: apt install g++)'
+    )
+
+
+def _run(
+  interpreter, script, who, weights, batches, dtype, modules, rank, steps, extra=()
+) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     work = Path(folder)
-    huggingface.save(work / 'base', config, params, dtype='float32')
-    arrays: dict[str, Any] = {}
-    for i, batch in enumerate(batches):
-      arrays |= {
-        f'tokens_{i}': batch.tokens_BT,
-        f'labels_{i}': batch.labels_BT,
-        f'mask_{i}': batch.mask_BT,
-      }
-    np.savez(work / 'batches.npz', **arrays)
+    batching.write_padded(work / 'batches.npz', batches)
     command = [
-      str(interpreter),
-      str(Path(__file__).with_name('peft_peer.py')),
-      f'--weights={work / "base"}',
+      *(str(interpreter), '-m', f'benchmarks.{script}'),
+      f'--weights={weights}',
       f'--dtype={dtype}',
       f'--targets={",".join(modules)}',
       f'--rank={rank}',
       f'--batches={work / "batches.npz"}',
       f'--steps={steps}',
       f'--out={work / "record.json"}',
-      *(['--compile'] if compiled else []),
+      *extra,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-      print(done.stderr, file=sys.stderr)
-      raise UserError(f'the PEFT peer ended with exit code {done.returncode}')
-    return json.loads((work / 'record.json').read_text())
+    return side.run(command, work / 'record.json', f'the {who} peer')

@@ -1,45 +1,76 @@
-"""Training speed and memory beside PEFT + transformers, on this machine.
+"""Training speed and memory beside PEFT + transformers, and other peers, on this machine.
 
   python -m benchmarks.train                        random tokens, and generated rows
   python -m benchmarks.train --data=DIR             the same with the rows of DIR/medmcqa
+  python -m benchmarks.train --peers=peft,tunix --peer_compile
 
 Two settings, on the same weights:
   equal  batches of 4 x 256 random tokens, nothing to pad, a loss at every position
   rows   MedMCQA rows, each side batching its own way: PEFT 8 rows padded to the
          longest, ours packed
 
-Tokens per second count real tokens, not padding. PEFT runs in float32 and bfloat16
-and is judged by the faster. Each run is a process of its own; its peak memory is that
-process's. Both sides have their memory in large pages, as our launchers ask for it and a
-run of PEFT only if told (BUILD_NOTES.md, Speed). On a CPU without bfloat16 instructions
-the bfloat16 runs take many minutes: `--peer_dtypes=float32` leaves PEFT's out.
+Tokens per second count real tokens, not padding. PEFT runs in float32 and bfloat16, with
+--peer_compile under torch.compile too, and is judged by the fastest of these. Tunix, which
+compiles anew for each shape of batch, runs in `equal` alone; it is installed on first use.
+What is compiled is compiled before the timed steps: `compile` is what the steps before
+them took beyond a step's own time.
+
+`of peak` is the share of this machine's matrix peak (large square products in the same
+dtype and process) that the FLOPs of the step come to, counted by `benchmarks.flops`.
+Each run is a process of its own; its peak memory is that process's, or on a GPU what its
+arrays took there. Both sides have their memory in large pages, as our launchers ask for it
+and a run of PEFT only if told (BUILD_NOTES.md, Speed). On a CPU without bfloat16
+instructions the bfloat16 runs take many minutes: `--peer_dtypes=float32` leaves PEFT's out.
 `--json=FILE` keeps the records.
 """
 
 import dataclasses
 import json
-import subprocess
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
+import rich.box
 import rich.table
 from absl import app, flags, logging
 from rich.console import Console
 
-from benchmarks import peer
+from benchmarks import batches as batching
+from benchmarks import flops, peer, side
 from experiments import _launcher
 from lora_jax import lora
+from lora_jax.config import ModelConfig
 from lora_jax.data import builder, encode, medmcqa, pipeline, sources
 from lora_jax.errors import UserError, exit_on_user_error
-from lora_jax.hub import bases
+from lora_jax.hub import bases, huggingface
 
-_DTYPES = ('float32', 'bfloat16')
-_EQUAL_SHAPE = (4, 256)
-_PEER_ROWS = 8
+DTYPES = ('float32', 'bfloat16')
+PEERS = ('peft', 'tunix')
+EQUAL_SHAPE = (4, 256)
+PEER_ROWS = 8
+# Steps of every run that are not timed.
+WARMUP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+  """Who trains.
+
+  Attributes:
+    dtype: of our side.
+    peers: of `PEERS`.
+    peer_dtypes: a run of each peer in each.
+    peer_compile: whether PEFT runs under torch.compile too.
+  """
+
+  dtype: str
+  peers: tuple[str, ...]
+  peer_dtypes: tuple[str, ...]
+  peer_compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,87 +82,166 @@ class Options:
   targets: str
   rank: int
   steps: int
-  dtype: str
-  peer_dtypes: tuple[str, ...]
+  sides: Sides
   train_rows: int
   tokens_per_batch: int
   max_length: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-  """The same rows, batched by each side."""
+class Work:
+  """What both sides train: the model's shape, the adapted modules and their rank."""
 
-  name: str
-  ours: list[pipeline.Batch]
-  theirs: list[peer.PaddedBatch]
+  config: ModelConfig
+  paths: tuple[str, ...]
+  rank: int
+  steps: int
 
-
-def equal_setting(vocab_size: int, count: int) -> Setting:
-  """Random tokens in unpadded batches, a loss at every position."""
-  rng = np.random.default_rng(0)
-  rows, length = _EQUAL_SHAPE
-  ours, theirs = [], []
-  for _ in range(count):
-    ids = rng.integers(0, vocab_size, (rows, length + 1), dtype=np.int32)
-    ours.append(
-      {
-        'tokens': ids[:, :-1],
-        'targets': ids[:, 1:],
-        'weights': np.ones(_EQUAL_SHAPE, np.float32),
-        'positions': np.broadcast_to(np.arange(length, dtype=np.int32), _EQUAL_SHAPE),
-        'segments': np.ones(_EQUAL_SHAPE, np.int32),
-      }
-    )
-    learned = np.ones(length, bool)
-    theirs += peer.pad([(row, learned) for row in ids[:, :-1]], rows, pad_id=0)
-  return Setting('equal', ours, theirs)
+  @property
+  def modules(self) -> list[str]:
+    """Names of the adapted modules, as peers know them."""
+    return [path.rsplit('/', 1)[-1] for path in self.paths]
 
 
-def rows_setting(rows: Sequence[encode.Encoded], tokens_per_batch: int, count: int) -> Setting:
-  """Encoded rows, packed on our side and padded to the longest of 8 on theirs."""
-  shape = pipeline.batch_shape(rows, tokens_per_batch)
-  stream = pipeline.training_batches(rows, shape, seed=0)
-  whole = []
-  for row in rows:
-    ids = [*row.arrays['tokens'], row.arrays['targets'][-1]]
-    whole.append((ids, [False, *(row.arrays['weights'] > 0)]))
-  order = np.random.default_rng(0).permutation(len(whole))
-  theirs = peer.pad([whole[i] for i in order], _PEER_ROWS, pad_id=0)
-  return Setting('rows', [next(stream) for _ in range(count)], theirs)
+def our_run(
+  work: Work,
+  batches: Sequence[pipeline.Batch],
+  dtype: str,
+  source: Sequence[str],
+  python: str = sys.executable,
+) -> dict[str, Any]:
+  """Trains on our side in a process of its own and returns its record, with rates.
 
-
-def run_ours(options: Options, batches: Sequence[pipeline.Batch]) -> dict[str, Any]:
-  """Trains on our side in a process of its own and returns its record."""
+  Args:
+    work: what to train.
+    batches: gone round as often as the steps need.
+    dtype: of the base.
+    source: where the weights come from and how they are run, as flags of `benchmarks.jax_side`.
+    python: the interpreter.
+  """
   with tempfile.TemporaryDirectory() as folder:
-    work = Path(folder)
-    arrays: dict[str, Any] = {
-      f'{name}_{i}': array for i, batch in enumerate(batches) for name, array in batch.items()
-    }
-    np.savez(work / 'batches.npz', **arrays)
+    file, out = Path(folder) / 'batches.npz', Path(folder) / 'record.json'
+    batching.write(file, batches)
     command = [
-      *(sys.executable, '-m', 'benchmarks.jax_side'),
-      f'--base={options.base}',
-      f'--dtype={options.dtype}',
-      f'--targets={options.targets}',
-      f'--rank={options.rank}',
-      f'--batches={work / "batches.npz"}',
-      f'--steps={options.steps}',
-      f'--out={work / "record.json"}',
+      *(python, '-m', 'benchmarks.jax_side', *source),
+      f'--dtype={dtype}',
+      f'--targets={",".join(work.modules)}',
+      f'--rank={work.rank}',
+      f'--batches={file}',
+      f'--steps={work.steps}',
+      f'--warmup={WARMUP}',
+      f'--out={out}',
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-      print(done.stderr, file=sys.stderr)
-      raise UserError(f'our side of the benchmark ended with exit code {done.returncode}')
-    return json.loads((work / 'record.json').read_text())
+    record = side.run(command, out, 'our side of the benchmark')
+  counts = [
+    flops.training_step(
+      work.config,
+      work.paths,
+      work.rank,
+      batching.real_positions(batch),
+      int((batch['weights'] > 0).sum()),
+    )
+    for batch in batches
+  ]
+  return with_rates(record, counts)
 
 
-def compare(options: Options) -> dict[str, dict[str, Any]]:
-  """Runs both settings: setting -> {'ours': record, 'float32': record, 'bfloat16': record}."""
-  # First, so that a missing Python shows before any download.
-  peer.python()
+def their_counts(work: Work, batches: Sequence[batching.PaddedBatch]) -> list[int]:
+  """FLOPs of a step on each of a peer's batches, whose labels are shifted by the peer."""
+  return [
+    flops.training_step(
+      work.config,
+      work.paths,
+      work.rank,
+      (batch.mask_BT.cumsum(axis=1) - 1)[batch.mask_BT > 0],
+      int((batch.labels_BT[:, 1:] != batching.IGNORED).sum()),
+    )
+    for batch in batches
+  ]
+
+
+def with_rates(record: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+  """A side's record with what follows from it.
+
+  Args:
+    record: what the side wrote.
+    counts: FLOPs of a step on each of its batches.
+  """
+  seconds = sum(record['step_seconds'])
+  rate = flops.total(counts, len(record['step_seconds']), WARMUP) / seconds
+  warm, own = record['warm_seconds'], statistics.median(record['step_seconds'])
+  return record | {
+    'real_tokens_per_second': record['real_tokens'] / seconds,
+    'padded_tokens_per_second': record['padded_tokens'] / seconds,
+    'compile_seconds': max(0.0, sum(warm) - len(warm) * own),
+    'flops_per_second': rate,
+    'of_peak': rate / record['matrix_peak'],
+  }
+
+
+def compare_setting(
+  work: Work, setting: batching.Setting, sides: Sides, weights: Path, python: str
+) -> dict[str, dict[str, Any]]:
+  """Runs all sides on one setting: name of a side -> its record."""
+  runs = {}
+
+  def keep(name: str, record: dict[str, Any]) -> None:
+    # Runs take minutes; what one of them measured is not lost if a later one fails.
+    rate = record['real_tokens_per_second']
+    print(f'{setting.name}: {name} {rate:.0f} tokens/s', file=sys.stderr)
+    runs[name] = record
+
+  ours = our_run(work, setting.ours, sides.dtype, [f'--weights={weights}'], python)
+  keep(f'lora_jax {sides.dtype}', ours)
+  counts = their_counts(work, setting.theirs)
+  shared = (weights, setting.theirs)
+  for dtype in sides.peer_dtypes:
+    rest = (dtype, work.modules, work.rank, work.steps)
+    if 'peft' in sides.peers:
+      for compiled in (False, True)[: 1 + sides.peer_compile]:
+        name = f'PEFT {dtype}' + (' compile' if compiled else '')
+        keep(name, with_rates(peer.run_peft(*shared, *rest, compiled), counts))
+    if 'tunix' in sides.peers and setting.one_shape:
+      keep(f'Tunix {dtype}', with_rates(peer.run_tunix(*shared, *rest), counts))
+  return runs
+
+
+def compare(options: Options, python: str = sys.executable) -> dict[str, dict[str, dict[str, Any]]]:
+  """Runs both settings: setting -> name of a side -> its record; ours come first.
+
+  Raises:
+    UserError: a peer cannot be installed or run, before anything is trained; or a side failed.
+  """
+  prepare(options.sides)
   base = bases.load(options.base)
-  modules = [path.rsplit('/', 1)[-1] for path in lora.resolve(options.targets, base.params)]
+  paths = lora.resolve(options.targets, base.params)
+  work = Work(base.config, paths, options.rank, options.steps)
+  count = options.steps + WARMUP
+  rows = read_rows(options, base)
+  settings = [
+    batching.equal_setting(base.config.vocab_size, EQUAL_SHAPE, count),
+    batching.rows_setting(rows, options.tokens_per_batch, count, PEER_ROWS),
+  ]
+  with tempfile.TemporaryDirectory() as folder:
+    weights = Path(folder)
+    huggingface.save(weights, base.config, base.params, dtype='float32')
+    del base
+    return {s.name: compare_setting(work, s, options.sides, weights, python) for s in settings}
+
+
+def prepare(sides: Sides) -> None:
+  """Makes the environments of peers, so that a missing Python shows before any download."""
+  unknown = sorted({*sides.peers} - {*PEERS})
+  if unknown or not sides.peers:
+    raise UserError(f'--peers={",".join(sides.peers)}: give one or more of {", ".join(PEERS)}')
+  if sides.peer_compile:
+    peer.check_compiler()
+  for name in sides.peers:
+    (peer.python if name == 'peft' else peer.tunix_python)()
+
+
+def read_rows(options: Options, base: bases.Base) -> list[encode.Encoded]:
+  """MedMCQA's training rows, encoded."""
   source = (
     sources.Directory(Path(options.data).expanduser())
     if options.data
@@ -140,52 +250,47 @@ def compare(options: Options) -> dict[str, dict[str, Any]]:
   with tempfile.TemporaryDirectory() as folder:
     examples = builder.prepare(medmcqa.TASK, source, folder)['train'][: options.train_rows]
     limits = encode.budget(medmcqa.TASK, options.max_length, medmcqa.TASK.max_new_tokens)
-    rows = pipeline.encode_split(medmcqa.TASK, examples, base.tokenizer, limits)
-  count = options.steps + 2
-  settings = [
-    equal_setting(base.config.vocab_size, count),
-    rows_setting(rows, options.tokens_per_batch, count),
-  ]
-  records = {}
-  for setting in settings:
-    runs = {'ours': run_ours(options, setting.ours)}
-    _tell(setting.name, f'lora_jax {options.dtype}', runs['ours'])
-    for dtype in options.peer_dtypes:
-      runs[dtype] = peer.run(
-        base.config, base.params, setting.theirs, dtype, modules, options.rank, options.steps
-      )
-      _tell(setting.name, f'PEFT {dtype}', runs[dtype])
-    records[setting.name] = runs
-  return records
+    return pipeline.encode_split(medmcqa.TASK, examples, base.tokenizer, limits)
 
 
-def _tell(setting: str, side: str, run: dict[str, Any]) -> None:
-  # Runs take minutes; what one of them measured is not lost if a later one fails.
-  print(f'{setting}: {side} {run["real_tokens_per_second"]:.0f} tokens/s', file=sys.stderr)
-
-
-def table(records: dict[str, dict[str, Any]]) -> rich.table.Table:
-  """One line a run; the ratios are to the faster peer."""
-  out = rich.table.Table(title='LoRA training; ratios to the faster PEFT')
+def table(records: dict[str, dict[str, dict[str, Any]]], title: str) -> rich.table.Table:
+  """One line a run; the ratios are to the fastest PEFT, or peer where there is no PEFT."""
+  out = rich.table.Table(title=title, box=rich.box.SIMPLE)
   for column in ('batches', 'side'):
     out.add_column(column, no_wrap=True)
-  for column in ('tokens/s', 'ratio', 'padding', 'peak GiB', 'ratio'):
+  columns = ('tokens/s', 'ratio', 'padding', 'GFLOP/s', 'of peak', 'compile s', 'peak GiB', 'ratio')
+  for column in columns:
     out.add_column(column, no_wrap=True, justify='right')
   for name, runs in records.items():
-    peers = [run for side, run in runs.items() if side != 'ours']
-    best = max(peers, key=lambda run: run['real_tokens_per_second'])
-    for side, run in runs.items():
+    peers = [run for side, run in runs.items() if not side.startswith('lora_jax')]
+    peft = [run for side, run in runs.items() if side.startswith('PEFT')]
+    best = max(peft or peers or [*runs.values()], key=lambda run: run['real_tokens_per_second'])
+    for side_name, run in runs.items():
       rate, padded = run['real_tokens_per_second'], run['padded_tokens_per_second']
       out.add_row(
         name,
-        f'{"lora_jax" if side == "ours" else "PEFT"} {run["dtype"]}',
+        side_name,
         f'{rate:.0f}',
         f'{rate / best["real_tokens_per_second"]:.2f}x',
         f'{1 - rate / padded:.0%}',
+        f'{run["flops_per_second"] / 1e9:.1f}',
+        f'{run["of_peak"]:.0%}',
+        f'{run["compile_seconds"]:.1f}',
         f'{run["peak_bytes"] / 2**30:.2f}',
         f'{run["peak_bytes"] / best["peak_bytes"]:.2f}x',
       )
   return out
+
+
+def show(records: dict[str, dict[str, dict[str, Any]]], title: str) -> None:
+  """Prints the table and what it was measured with."""
+  # In a file, rich would cut columns to fit 80.
+  Console(width=max(Console().width, 130)).print(table(records, title))
+  runs = {name: run for setting in records.values() for name, run in setting.items()}
+  for name, run in runs.items():
+    programs = f'; {run["programs"]} programs compiled' if 'programs' in run else ''
+    versions = ', '.join(f'{package} {version}' for package, version in run['versions'].items())
+    print(f'{name}: matrix peak {run["matrix_peak"] / 1e9:.0f} GFLOP/s; {versions}{programs}')
 
 
 if __name__ == '__main__':
@@ -195,10 +300,12 @@ if __name__ == '__main__':
     'targets': flags.DEFINE_string('targets', 'o_proj', 'One set of targets.'),
     'rank': flags.DEFINE_integer('rank', 8, 'Rank.', lower_bound=1),
     'steps': flags.DEFINE_integer('steps', 8, 'Timed steps of each run.', lower_bound=1),
-    'dtype': flags.DEFINE_enum('dtype', 'bfloat16', _DTYPES, 'Of our side.'),
+    'dtype': flags.DEFINE_enum('dtype', 'bfloat16', DTYPES, 'Of our side.'),
+    'peers': flags.DEFINE_list('peers', ['peft'], f'Of {", ".join(PEERS)}.'),
     'peer_dtypes': flags.DEFINE_multi_enum(
-      'peer_dtypes', list(_DTYPES), _DTYPES, "Of PEFT's side; repeat for more."
+      'peer_dtypes', list(DTYPES), DTYPES, "Of the peers' side; repeat for more."
     ),
+    'peer_compile': flags.DEFINE_bool('peer_compile', False, 'PEFT under torch.compile too.'),
     'train_rows': flags.DEFINE_integer('train_rows', 400, 'Rows to draw batches from.'),
     'tokens_per_batch': flags.DEFINE_integer('tokens_per_batch', 2048, 'Of our packed batches.'),
     'max_length': flags.DEFINE_integer('max_length', 1024, 'Longest row, in tokens.'),
@@ -207,18 +314,18 @@ if __name__ == '__main__':
 
   def _main(_):
     logging.set_verbosity(logging.WARNING)
+    # This process trains nothing; an accelerator's memory is for those that do.
+    jax.config.update('jax_platforms', 'cpu')
     with exit_on_user_error():
       values: dict[str, Any] = {name: flag.value for name, flag in _FLAGS.items()}
-      values['peer_dtypes'] = tuple(dict.fromkeys(values['peer_dtypes']))
-      options = Options(**values)
-      records = compare(options)
+      of_sides = {name: values.pop(name) for name in ('dtype', 'peer_compile')}
+      for name in ('peers', 'peer_dtypes'):
+        of_sides[name] = tuple(dict.fromkeys(values.pop(name)))
+      values['sides'] = Sides(**of_sides)
+      records = compare(Options(**values))
       if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(records, indent=2))
-      console = Console()
-      console.print(table(records))
-      for side in ('ours', options.peer_dtypes[0]):
-        versions = records['equal'][side]['versions'].items()
-        console.print(', '.join(f'{name} {version}' for name, version in versions))
+      show(records, 'LoRA training; ratios to the fastest PEFT')
 
   # Inherited by every side.
   _launcher.prefer_huge_pages()

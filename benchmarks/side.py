@@ -1,0 +1,40 @@
+"""Runs one side of a comparison in a process of its own and returns the record it left."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch import local
+from lora_jax.errors import UserError
+
+
+def run(
+  command: Sequence[str], record: Path, who: str, environ: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+  """Runs a command from the checkout's root, so that `-m benchmarks.X` works in any Python.
+
+  Args:
+    command: the interpreter and what to give it; paths in it are absolute.
+    record: the JSON file that it writes.
+    who: name of the side, for an error.
+    environ: added to the environment.
+
+  Raises:
+    UserError: it failed; what it said is on stderr.
+  """
+  done = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=local.ROOT,
+    env=os.environ | (environ or {}),
+  )
+  if done.returncode != 0:
+    print(done.stderr, file=sys.stderr)
+    raise UserError(f'{who} ended with exit code {done.returncode}; what it said is above')
+  return json.loads(record.read_text())
