@@ -78,13 +78,13 @@ def whole(row: encode.Encoded) -> tuple[list[int], list[bool]]:
 
 
 def real_tokens(batch: pipeline.Batch) -> int:
-  """Tokens of a batch of ours that are not padding."""
+  """Tokens of the rows in a batch of ours, padding not counted."""
   return int((batch['segments'] > 0).sum())
 
 
-def real_positions(batch: pipeline.Batch) -> np.ndarray:
-  """The position of each of those in its own row."""
-  return batch['positions'][batch['segments'] > 0]
+def computed_positions(batch: pipeline.Batch) -> np.ndarray:
+  """The position in its row of everything that is computed and is not padding."""
+  return batch['positions'][batch['segments'] != 0]
 
 
 def equal_setting(

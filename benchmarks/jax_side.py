@@ -97,6 +97,9 @@ def train(options: Options) -> dict[str, Any]:
     'warm_seconds': warm_seconds,
     'step_seconds': seconds,
     'real_tokens': sum(batching.real_tokens(batch) for batch in used[options.warmup :]),
+    'computed_tokens': sum(
+      batching.computed_positions(batch).size for batch in used[options.warmup :]
+    ),
     'padded_tokens': sum(batch['tokens'].size for batch in used[options.warmup :]),
     **counted,
     **held,

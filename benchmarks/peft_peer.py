@@ -151,6 +151,7 @@ def train(options: argparse.Namespace) -> dict:
   for batch in used[options.warmup :]:
     timed(batch, seconds)
   held = memory()
+  real = sum(batch.real_tokens for batch in used[options.warmup :])
   return {
     'dtype': options.dtype,
     'targets': options.targets,
@@ -162,7 +163,8 @@ def train(options: argparse.Namespace) -> dict:
     'losses': losses,
     'warm_seconds': warm_seconds,
     'step_seconds': seconds,
-    'real_tokens': sum(batch.real_tokens for batch in used[options.warmup :]),
+    'real_tokens': real,
+    'computed_tokens': real,
     'padded_tokens': sum(batch.tokens.numel() for batch in used[options.warmup :]),
     **held,
     # Last, so that its matrices are not in the peak.

@@ -9,7 +9,7 @@ Two settings, on the same weights:
   rows   MedMCQA rows, each side batching its own way: PEFT 8 rows padded to the
          longest, ours packed
 
-Tokens per second count real tokens, not padding. PEFT runs in float32 and bfloat16, with
+Tokens per second count tokens of rows, not padding. PEFT runs in float32 and bfloat16, with
 --peer_compile under torch.compile too, and is judged by the fastest of these. Tunix, which
 compiles anew for each shape of batch, runs in `equal` alone; it is installed on first use.
 What is compiled is compiled before the timed steps: `compile` is what the steps before
@@ -41,7 +41,7 @@ from rich.console import Console
 
 from benchmarks import batches as batching
 from benchmarks import flops, peer, side
-from experiments import _launcher
+from experiments import _flags, _launcher
 from lora_jax import lora
 from lora_jax.config import ModelConfig
 from lora_jax.data import builder, encode, medmcqa, pipeline, sources
@@ -138,7 +138,7 @@ def our_run(
       work.config,
       work.paths,
       work.rank,
-      batching.real_positions(batch),
+      batching.computed_positions(batch),
       int((batch['weights'] > 0).sum()),
     )
     for batch in batches
@@ -172,7 +172,7 @@ def with_rates(record: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
   warm, own = record['warm_seconds'], statistics.median(record['step_seconds'])
   return record | {
     'real_tokens_per_second': record['real_tokens'] / seconds,
-    'padded_tokens_per_second': record['padded_tokens'] / seconds,
+    'padding': 1 - record['computed_tokens'] / record['padded_tokens'],
     'compile_seconds': max(0.0, sum(warm) - len(warm) * own),
     'flops_per_second': rate,
     'of_peak': rate / record['matrix_peak'],
@@ -212,6 +212,7 @@ def compare(options: Options, python: str = sys.executable) -> dict[str, dict[st
   Raises:
     UserError: a peer cannot be installed or run, before anything is trained; or a side failed.
   """
+  _flags.check_targets((options.targets,))
   prepare(options.sides)
   base = bases.load(options.base)
   paths = lora.resolve(options.targets, base.params)
@@ -266,13 +267,13 @@ def table(records: dict[str, dict[str, dict[str, Any]]], title: str) -> rich.tab
     peft = [run for side, run in runs.items() if side.startswith('PEFT')]
     best = max(peft or peers or [*runs.values()], key=lambda run: run['real_tokens_per_second'])
     for side_name, run in runs.items():
-      rate, padded = run['real_tokens_per_second'], run['padded_tokens_per_second']
+      rate = run['real_tokens_per_second']
       out.add_row(
         name,
         side_name,
         f'{rate:.0f}',
         f'{rate / best["real_tokens_per_second"]:.2f}x',
-        f'{1 - rate / padded:.0%}',
+        f'{run["padding"]:.0%}',
         f'{run["flops_per_second"] / 1e9:.1f}',
         f'{run["of_peak"]:.0%}',
         f'{run["compile_seconds"]:.1f}',

@@ -93,6 +93,7 @@ def train(options: argparse.Namespace) -> dict:
     (seconds if number >= options.warmup else warm_seconds).append(time.perf_counter() - start)
   counted = {'programs': compilations.programs, 'compiler_seconds': compilations.seconds}
   held = measure.memory()
+  real = sum(int(mask.sum()) for _, _, mask in used[options.warmup :])
   return {
     'dtype': options.dtype,
     'targets': options.targets,
@@ -102,7 +103,8 @@ def train(options: argparse.Namespace) -> dict:
     'losses': losses,
     'warm_seconds': warm_seconds,
     'step_seconds': seconds,
-    'real_tokens': sum(int(mask.sum()) for _, _, mask in used[options.warmup :]),
+    'real_tokens': real,
+    'computed_tokens': real,
     'padded_tokens': sum(mask.size for _, _, mask in used[options.warmup :]),
     **counted,
     **held,
