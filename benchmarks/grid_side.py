@@ -52,21 +52,22 @@ class _Phases:
 
 def run(arguments: list[str]) -> dict[str, Any]:
   """Runs the main job to its end, whatever that is, and returns the record."""
-  compilations, phases = measure.Compilations(), _Phases()
+  phases = _Phases()
   # Before any module that takes the class from there is imported.
   progress.Progress = phases.watched()
   sys.argv = ['experiments.ablate', *arguments]
   code = 0
-  try:
-    runpy.run_module('experiments.ablate', run_name='__main__', alter_sys=True)
-  except SystemExit as end:
-    code = end.code
+  with measure.Programs() as programs:
+    try:
+      runpy.run_module('experiments.ablate', run_name='__main__', alter_sys=True)
+    except SystemExit as end:
+      code = end.code
   return {
     'exit_code': code,
     'train_seconds': phases.seconds.get('train', 0.0),
     'score_seconds': phases.seconds.get('score', 0.0),
-    'programs': compilations.programs,
-    'compiler_seconds': compilations.seconds,
+    'programs': programs.count,
+    'compiler_seconds': programs.seconds,
     **measure.memory(),
   }
 

@@ -66,9 +66,19 @@ def base(options: Options, dtype: Any) -> tuple[ModelConfig, Any]:
   return config, jax.jit(random)(jax.random.key(0))
 
 
+def run(options: Options) -> dict[str, Any]:
+  """Trains, measures the machine and returns the record that `--out` holds."""
+  with measure.Programs() as programs:
+    record = train(options)
+  return record | {
+    'programs': programs.count,
+    'compiler_seconds': programs.seconds,
+    'matrix_peak': measure.matrix_peak(options.dtype),
+  }
+
+
 def train(options: Options) -> dict[str, Any]:
-  """Runs the steps and returns the record that `--out` holds."""
-  compilations = measure.Compilations()
+  """Runs the steps and returns what came of them."""
   batches = batching.read(Path(options.batches))
   dtype = jnp.dtype(options.dtype)
   config, params = base(options, dtype)
@@ -86,8 +96,6 @@ def train(options: Options) -> dict[str, Any]:
     state, metrics = step(state, params, batch)
     losses.append(float(metrics['loss']))
     (seconds if number >= options.warmup else warm_seconds).append(time.perf_counter() - start)
-  counted = {'programs': compilations.programs, 'compiler_seconds': compilations.seconds}
-  held = measure.memory()
   return {
     'dtype': options.dtype,
     'targets': options.targets,
@@ -101,10 +109,7 @@ def train(options: Options) -> dict[str, Any]:
       batching.computed_positions(batch).size for batch in used[options.warmup :]
     ),
     'padded_tokens': sum(batch['tokens'].size for batch in used[options.warmup :]),
-    **counted,
-    **held,
-    # Last, so that its matrices are not in the peak.
-    'matrix_peak': measure.matrix_peak(options.dtype),
+    **measure.memory(),
     'versions': {
       'python': platform.python_version(),
       'jax': jax.__version__,
@@ -132,6 +137,6 @@ if __name__ == '__main__':
 
   def _main(_):
     options = Options(**{name: flag.value for name, flag in _FLAGS.items()})
-    Path(_OUT.value).write_text(json.dumps(train(options), indent=2))
+    Path(_OUT.value).write_text(json.dumps(run(options), indent=2))
 
   app.run(_main)

@@ -1,9 +1,9 @@
 """What a JAX process measures of itself: matrix peak, compilations, memory.
 
-compilations = Compilations()   # before anything is compiled
-peak = matrix_peak('float32')
-...
-compilations.programs, compilations.seconds, memory()
+with Programs() as programs:
+  ...
+programs.count, programs.seconds, memory()
+matrix_peak('float32')  # last, or its matrices are in the memory too
 """
 
 import functools
@@ -22,22 +22,28 @@ _COMPILED = '/jax/core/compile/backend_compile_duration'
 _CHAIN = 4
 
 
-class Compilations:
-  """Counts what this process compiles from here on.
+class Programs:
+  """What is compiled within the block.
 
   Attributes:
-    programs: how many.
+    count: how many programs.
     seconds: what the compiler took for them, tracing not counted.
   """
 
   def __init__(self):
-    self.programs = 0
-    self.seconds = 0.0
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    """Counts from the start of the `with` block."""
+    self.count, self.seconds = 0, 0.0
 
-  def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+  def __enter__(self) -> 'Programs':
+    jax.monitoring.register_event_duration_secs_listener(self._hear)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._hear)
+
+  def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
     if event == _COMPILED:
-      self.programs += 1
+      self.count += 1
       self.seconds += duration_secs
 
 

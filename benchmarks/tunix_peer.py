@@ -71,9 +71,19 @@ def inputs(tokens: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> dict[str
   }
 
 
-def train(options: argparse.Namespace) -> dict:
-  """Runs the steps and returns the record that `--out` holds."""
-  compilations = measure.Compilations()
+def run(options: argparse.Namespace) -> dict[str, Any]:
+  """Trains, measures the machine and returns the record that `--out` holds."""
+  with measure.Programs() as programs:
+    record = train(options)
+  return record | {
+    'programs': programs.count,
+    'compiler_seconds': programs.seconds,
+    'matrix_peak': measure.matrix_peak(options.dtype),
+  }
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+  """Runs the steps and returns what came of them."""
   with np.load(options.batches) as file:
     count = len(file.files) // 3
     batches = [
@@ -91,8 +101,6 @@ def train(options: argparse.Namespace) -> dict:
     loss, *_ = step(inputs(*batch))
     losses.append(float(loss))
     (seconds if number >= options.warmup else warm_seconds).append(time.perf_counter() - start)
-  counted = {'programs': compilations.programs, 'compiler_seconds': compilations.seconds}
-  held = measure.memory()
   real = sum(int(mask.sum()) for _, _, mask in used[options.warmup :])
   return {
     'dtype': options.dtype,
@@ -106,9 +114,7 @@ def train(options: argparse.Namespace) -> dict:
     'real_tokens': real,
     'computed_tokens': real,
     'padded_tokens': sum(mask.size for _, _, mask in used[options.warmup :]),
-    **counted,
-    **held,
-    'matrix_peak': measure.matrix_peak(options.dtype),
+    **measure.memory(),
     'versions': {
       'python': platform.python_version(),
       **{name: importlib.metadata.version(name) for name in ('jax', 'google-tunix', 'qwix')},
@@ -128,7 +134,7 @@ def main() -> None:
   parser.add_argument('--warmup', type=int, default=2, help='steps before those, not timed')
   parser.add_argument('--out', type=Path, required=True)
   options = parser.parse_args()
-  options.out.write_text(json.dumps(train(options), indent=2))
+  options.out.write_text(json.dumps(run(options), indent=2))
 
 
 if __name__ == '__main__':

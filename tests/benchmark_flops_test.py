@@ -77,12 +77,16 @@ def test_totals_go_round_the_batches():
   assert flops.total([1, 10, 100], steps=4, skipped=2) == 100 + 1 + 10 + 100
 
 
-def test_a_process_counts_its_programs_and_finds_a_peak():
-  compilations = measure.Compilations()
+def test_a_process_finds_a_peak():
   assert measure.matrix_peak('float32', size=64, seconds=0.0) > 0
+
+
+def test_programs_are_counted_once_and_within_the_block():
   ones = jnp.ones(3)
-  before = compilations.programs
-  for _ in range(2):
-    jax.jit(TIMES_THREE)(ones)
-  assert compilations.programs == before + 1
-  assert compilations.seconds > 0
+  with measure.Programs() as programs:
+    for _ in range(2):
+      jax.jit(TIMES_THREE)(ones)
+  assert programs.count == 1
+  assert programs.seconds > 0
+  jax.jit(lambda x: x * 4)(ones)
+  assert programs.count == 1
