@@ -78,8 +78,8 @@ def whole(row: encode.Encoded) -> tuple[list[int], list[bool]]:
 
 
 def real_tokens(batch: pipeline.Batch) -> int:
-  """Tokens of the rows in a batch of ours, padding not counted."""
-  return int((batch['segments'] > 0).sum())
+  """Tokens of the rows in a batch of ours as they would be alone, padding not counted."""
+  return pipeline.counts(batch).tokens
 
 
 def computed_positions(batch: pipeline.Batch) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import measure
 from lora_jax import progress
+from lora_jax.programs import Programs
 
 
 class _Phases:
@@ -57,7 +58,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
   progress.Progress = phases.watched()
   sys.argv = ['experiments.ablate', *arguments]
   code = 0
-  with measure.Programs() as programs:
+  with Programs() as programs:
     try:
       runpy.run_module('experiments.ablate', run_name='__main__', alter_sys=True)
     except SystemExit as end:

@@ -17,16 +17,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 
 from benchmarks import batches as batching
 from benchmarks import measure
 from experiments import _launcher
-from lora_jax import lora
+from lora_jax import lora, packs
 from lora_jax.config import LoraConfig, ModelConfig, OptimConfig
 from lora_jax.hub import huggingface
-from lora_jax.optim import optimizer
-from lora_jax.train import init_state, make_step
+from lora_jax.programs import Programs
+from lora_jax.step import init_state, make_step, stack_batches
 from lora_jax.transformer import Transformer, init_params
 
 
@@ -68,7 +69,7 @@ def base(options: Options, dtype: Any) -> tuple[ModelConfig, Any]:
 
 def run(options: Options) -> dict[str, Any]:
   """Trains, measures the machine and returns the record that `--out` holds."""
-  with measure.Programs() as programs:
+  with Programs() as programs:
     record = train(options)
   return record | {
     'programs': programs.count,
@@ -84,17 +85,17 @@ def train(options: Options) -> dict[str, Any]:
   config, params = base(options, dtype)
   paths = lora.resolve(options.targets, params)
   lora_config = LoraConfig(rank=options.rank, alpha=2.0 * options.rank)
-  tx = optimizer(OptimConfig(), options.warmup + options.steps)
   adapters = lora.init(jax.random.key(0), params, paths, options.rank)
   trainable = lora.summarise(adapters).trainable_params
-  state = init_state(adapters, tx, seed=0)
-  step = make_step(Transformer(config, dtype=dtype, remat=options.remat), tx, lora_config)
+  run_steps = options.warmup + options.steps
+  state = packs.stack([init_state(adapters, lora_config, OptimConfig(), run_steps, seed=0)])
+  step = make_step(Transformer(config, dtype=dtype, remat=options.remat), cells=1)
   used = [batches[number % len(batches)] for number in range(options.warmup + options.steps)]
   losses, warm_seconds, seconds = [], [], []
   for number, batch in enumerate(used):
     start = time.perf_counter()
-    state, metrics = step(state, params, batch)
-    losses.append(float(metrics['loss']))
+    state, metrics = step(state, params, stack_batches([batch]), np.ones(1, bool))
+    losses.append(float(metrics['loss'][0]))
     (seconds if number >= options.warmup else warm_seconds).append(time.perf_counter() - start)
   return {
     'dtype': options.dtype,

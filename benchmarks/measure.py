@@ -1,8 +1,6 @@
-"""What a JAX process measures of itself: matrix peak, compilations, memory.
+"""What a JAX process measures of itself: matrix peak and memory.
 
-with Programs() as programs:
-  ...
-programs.count, programs.seconds, memory()
+memory()
 matrix_peak('float32')  # last, or its matrices are in the memory too
 """
 
@@ -15,36 +13,8 @@ import jax.numpy as jnp
 
 from benchmarks.memory import peak_bytes
 
-# Emitted once a program, whether it was compiled or read from a cache.
-_COMPILED = '/jax/core/compile/backend_compile_duration'
-
 # Products of one measurement: enough to hide its start.
 _CHAIN = 4
-
-
-class Programs:
-  """What is compiled within the block.
-
-  Attributes:
-    count: how many programs.
-    seconds: what the compiler took for them, tracing not counted.
-  """
-
-  def __init__(self):
-    """Counts from the start of the `with` block."""
-    self.count, self.seconds = 0, 0.0
-
-  def __enter__(self) -> 'Programs':
-    jax.monitoring.register_event_duration_secs_listener(self._hear)
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    jax.monitoring.unregister_event_duration_listener(self._hear)
-
-  def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
-    if event == _COMPILED:
-      self.count += 1
-      self.seconds += duration_secs
 
 
 def matrix_peak(dtype: str, size: int | None = None, seconds: float = 2.0) -> float:

@@ -33,10 +33,10 @@ from lora_jax.config import QUANTIZE, LoraConfig, OptimConfig
 from lora_jax.data import builder, encode, pipeline, sources, tasks
 from lora_jax.errors import UserError, exit_on_user_error
 from lora_jax.hub import bases
-from lora_jax.optim import optimizer
 from lora_jax.progress import Progress
 from lora_jax.quantize import footprint, store
-from lora_jax.train import init_state, make_evaluation, make_step
+from lora_jax.step import make_evaluation, make_step, stack_batches
+from lora_jax.train import TrainJob, prepare
 from lora_jax.transformer import Transformer
 
 
@@ -130,24 +130,28 @@ def train_in_turns(
   options: Options, model: Transformer, stored: dict[str, Any], rows: Rows, targets: str
 ) -> list[Run]:
   """Trains one set of targets on all bases, a step of each at a time."""
-  lora_config = LoraConfig(rank=options.rank, alpha=2.0 * options.rank)
-  tx = optimizer(OptimConfig(), options.steps)
-  step, evaluate = make_step(model, tx, lora_config), make_evaluation(model, lora_config)
+  step, evaluate = make_step(model, 1), make_evaluation(model, 1)
+  kept_out = [stack_batches([batch]) for batch in rows.kept_out]
   states, before = {}, {}
   for kind, base in stored.items():
-    paths = lora.resolve(targets, base)
-    fresh = lora.init(jax.random.key(0), base, paths, options.rank)
-    before[kind] = evaluate(base, fresh, rows.kept_out)
-    states[kind] = init_state(fresh, tx, seed=0)
+    job = TrainJob(
+      lora.resolve(targets, base),
+      LoraConfig(rank=options.rank, alpha=2.0 * options.rank),
+      OptimConfig(),
+      0,
+      lambda: pipeline.training_batches(rows.train, rows.shape, seed=0),
+    )
+    states[kind] = prepare(base, [job], options.steps).states
+    before[kind] = float(evaluate(states[kind].pack, base, kept_out)[0])
   batches = pipeline.training_batches(rows.train, rows.shape, seed=0)
   seconds = {kind: [] for kind in stored}
   with Progress(f'train {targets}', options.steps) as progress:
     for _ in range(options.steps):
-      batch = next(batches)
+      batch = stack_batches([next(batches)])
       for kind, base in stored.items():
         start = time.perf_counter()
-        states[kind], metrics = step(states[kind], base, batch)
-        loss = float(metrics['loss'])
+        states[kind], metrics = step(states[kind], base, batch, np.asarray([True]))
+        loss = float(metrics['loss'][0])
         seconds[kind].append(time.perf_counter() - start)
       progress.advance(loss=loss)
   return [
@@ -157,7 +161,7 @@ def train_in_turns(
       kernel_bytes=_kernel_bytes(base),
       weights=footprint(stored['nf4']).weights,
       loss_before=before[kind],
-      loss_after=evaluate(base, states[kind].adapters, rows.kept_out),
+      loss_after=float(evaluate(states[kind].pack, base, kept_out)[0]),
       step_seconds=seconds[kind],
     )
     for kind, base in stored.items()

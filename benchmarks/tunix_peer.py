@@ -26,6 +26,7 @@ import optax
 from flax import nnx
 
 from benchmarks import measure
+from lora_jax.programs import Programs
 
 # By name, since they are in no environment that the rest is checked in.
 llama: Any = importlib.import_module('tunix.models.llama3.model')
@@ -73,7 +74,7 @@ def inputs(tokens: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> dict[str
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
   """Trains, measures the machine and returns the record that `--out` holds."""
-  with measure.Programs() as programs:
+  with Programs() as programs:
     record = train(options)
   return record | {
     'programs': programs.count,

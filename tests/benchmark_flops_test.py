@@ -15,8 +15,6 @@ from lora_jax.kernels import LoraKernel, dot
 from lora_jax.transformer import Transformer, abstract_params
 from tests import tiny_model
 
-TIMES_THREE = lambda x: x * 3
-
 
 def product_flops(jaxpr) -> int:
   """FLOPs of all products of a traced program, a scan's body as often as it runs."""
@@ -79,14 +77,3 @@ def test_totals_go_round_the_batches():
 
 def test_a_process_finds_a_peak():
   assert measure.matrix_peak('float32', size=64, seconds=0.0) > 0
-
-
-def test_programs_are_counted_once_and_within_the_block():
-  ones = jnp.ones(3)
-  with measure.Programs() as programs:
-    for _ in range(2):
-      jax.jit(TIMES_THREE)(ones)
-  assert programs.count == 1
-  assert programs.seconds > 0
-  jax.jit(lambda x: x * 4)(ones)
-  assert programs.count == 1
