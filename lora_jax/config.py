@@ -48,6 +48,62 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """Shape of what a language model sees with: a tower over patches, and its connector.
+
+  Attributes:
+    image_size: side of the square that the position table is for, in pixels.
+    patch_size: side of a patch.
+    model_dim: width of the tower.
+    num_layers: its blocks.
+    num_heads: of its attention.
+    mlp_dim: width of its feed-forward network.
+    shuffle: the connector joins squares of this many patches a side into one embedding.
+    image_token: the token that stands for one such embedding in a text.
+    norm_eps: epsilon of its LayerNorm.
+  """
+
+  image_size: int
+  patch_size: int
+  model_dim: int
+  num_layers: int
+  num_heads: int
+  mlp_dim: int
+  shuffle: int
+  image_token: int
+  norm_eps: float = 1e-6
+
+  def patches(self, side: int) -> int:
+    """Whole patches along `side` pixels; what is left over is not looked at."""
+    return side // self.patch_size
+
+  def embeddings(self, side: int) -> int:
+    """Embeddings that an image of `side` x `side` pixels becomes."""
+    return (self.patches(side) // self.shuffle) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+  """How an image is made ready for a tower; see `lora_jax.data.tiles`.
+
+  Attributes:
+    longest_edge: what an image's longer side is scaled to, in pixels.
+    tile: side of the squares that it is cut into.
+    split: whether it is cut at all, or squeezed into one square.
+    resample: the filter, as Pillow numbers them (1: Lanczos).
+    mean: of each channel, of values in 0..1; taken off.
+    std: what each channel is divided by then.
+  """
+
+  longest_edge: int
+  tile: int
+  split: bool = True
+  resample: int = 1
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Shape of a decoder-only Transformer: one for all families, which differ in fields.
 
@@ -83,6 +139,7 @@ class ModelConfig:
     query_scale: what scores are multiplied by; None: head_dim ** -0.5.
     attention_cap: scores s become cap * tanh(s / cap) (Gemma 2); 0: as they are.
     logit_cap: the same for logits.
+    vision: what it sees with, or None.
   """
 
   vocab_size: int
@@ -110,6 +167,7 @@ class ModelConfig:
   query_scale: float | None = None
   attention_cap: float = 0.0
   logit_cap: float = 0.0
+  vision: VisionConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +189,7 @@ class LoraConfig:
       al. 2024).
     init: 'default' (A random, B zero) or 'pissa' (the principal singular vectors, which
       the frozen kernels then go without; Meng et al. 2024).
-    layers: the adapted ones, as '0-7,12'; '' is all.
+    layers: the adapted ones of the language model, as '0-7,12'; '' is all.
     train_also: patterns of norms and biases that train too, in all layers: a module's
       name, 'bias', or a regular expression on the leaf's path (`layers/.*/scale`).
 

@@ -17,6 +17,7 @@ and where the configuration asks for them
 
   layers/{attn,mlp}/*_proj/bias             layers/attn/{q,k}_norm/scale
   layers/{pre,post}_feedforward_layernorm/scale
+  vision/...  connector/...                 what a model that sees has besides; see `vision`
 
 The model returns hidden states; `Transformer.head` turns the ones that matter into
 logits, so that a loss on few positions does not pay for the vocabulary on all.
@@ -26,7 +27,6 @@ logits, so that a loss on few positions does not pay for the vocabulary on all.
   logits_BTV = model.apply({'params': params}, hidden_BTD, method='head')
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,12 +40,8 @@ from lora_jax import rotary
 from lora_jax.attention import attend, causal_mask, softcap
 from lora_jax.config import ModelConfig
 from lora_jax.kernels import Kernel, dot
-from lora_jax.self_attention import SelfAttention
-
-# As many rows or fewer are few to a matrix product on a CPU.
-_FEW_ROWS = 64
-
-_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+from lora_jax.layers import ACTIVATIONS, Dense
+from lora_jax.vision import CHANNELS, Connector, Features, VisionTower
 
 
 @flax.struct.dataclass
@@ -116,33 +112,6 @@ class Layer:
     return cls(window, frequencies_h, magnitude)
 
 
-class Dense(nn.Module):
-  """A linear map whose kernel may be of any kind `dot` knows.
-
-  Attributes:
-    features: size of the output.
-    dtype: of the output; None: the input's.
-    use_bias: whether a bias is added.
-  """
-
-  features: int
-  dtype: jax.typing.DTypeLike | None = None
-  use_bias: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    # `self.param` would reject a kernel that is not one array of the declared shape.
-    if self.is_initializing():
-      kernel = self.param('kernel', _init, (x.shape[-1], self.features))
-    else:
-      kernel = self.get_variable('params', 'kernel')
-    y = dot(x, kernel, self.dtype)
-    if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      y += jnp.broadcast_to(bias.astype(y.dtype), y.shape)
-    return y
-
-
 class RMSNorm(nn.Module):
   """Root-mean-square normalisation (Zhang and Sennrich 2019), in float32.
 
@@ -163,9 +132,6 @@ class RMSNorm(nn.Module):
     if self.offset:
       scale32 += self.offset
     return (x32 * scale32).astype(x.dtype)
-
-
-_ACTIVATIONS = {'silu': nn.silu, 'gelu_tanh': functools.partial(nn.gelu, approximate=True)}
 
 
 def _norm(config: ModelConfig, name: str) -> RMSNorm:
@@ -221,7 +187,7 @@ class Mlp(nn.Module):
     dense = lambda features, name: Dense(features, use_bias=c.mlp_bias, name=name)
     gate_BTF = dense(c.mlp_dim, 'gate_proj')(x_BTD)
     up_BTF = dense(c.mlp_dim, 'up_proj')(x_BTD)
-    hidden_BTF = _ACTIVATIONS[c.activation](gate_BTF) * up_BTF
+    hidden_BTF = ACTIVATIONS[c.activation](gate_BTF) * up_BTF
     return dense(c.model_dim, 'down_proj')(hidden_BTF)
 
 
@@ -282,6 +248,9 @@ class Transformer(nn.Module):
     self.norm = RMSNorm(c.norm_eps, c.norm_offset)
     if not c.tie_embeddings:
       self.lm_head = Dense(c.vocab_size, jnp.float32)
+    if c.vision is not None:
+      self.vision = VisionTower(c.vision, self.dtype, self.remat)
+      self.connector = Connector(c.vision, c.model_dim)
 
   def __call__(
     self,
@@ -289,6 +258,7 @@ class Transformer(nn.Module):
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     past: Past = (),
+    features: Features | None = None,
   ) -> tuple[jax.Array, KeyValues]:
     """Runs the blocks.
 
@@ -299,6 +269,7 @@ class Transformer(nn.Module):
         their own and what is `attention.SHARED`. None: one sequence a row.
       past: earlier tokens of the same rows, for decoding: all of them come before
         all of `tokens_BT`. It does not go with `segments_BT`.
+      features: what `see` made of images, in the place of some tokens.
 
     Returns:
       hidden_BTD after the last norm, and the keys and values of these T tokens.
@@ -311,9 +282,15 @@ class Transformer(nn.Module):
     if self.config.embed_scale != 1:
       # transformers rounds the factor too.
       x_BTD *= jnp.asarray(self.config.embed_scale, self.dtype)
-    layers = Layer.stacked(self.config, NOWHERE if past else tokens_BT.shape[1])
+    if features is not None:
+      x_BTD = features.put(x_BTD)
+    layers = Layer.stacked(self.config)
     x_BTD, new_kv = self.layers(x_BTD, past_kv, layers, positions_BT, segments_BT, past_positions)
     return self.norm(x_BTD), KeyValues(*new_kv)
+
+  def see(self, pixels_IYXC: jax.Array, seen_Iyx: jax.Array | None = None) -> jax.Array:
+    """Images to embeddings for their tokens, features_IED; arguments as in `VisionTower`."""
+    return self.connector(self.vision(pixels_IYXC, seen_Iyx))
 
   def head(self, hidden: jax.Array) -> jax.Array:
     """Hidden states (..., D) to float32 logits (..., V)."""
@@ -323,6 +300,9 @@ class Transformer(nn.Module):
 
   def init_all(self, tokens_BT: jax.Array) -> jax.Array:
     """Touches every parameter, the head's too: the method to `init` with."""
+    if self.config.vision is not None:
+      side = self.config.vision.image_size
+      self.see(jnp.zeros((1, side, side, CHANNELS)))
     return self.head(self(tokens_BT)[0])
 
 
