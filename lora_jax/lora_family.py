@@ -23,7 +23,7 @@ from lora_jax import lora
 from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
 from lora_jax.kernels import Kernel, dense, lengths
-from lora_jax.targets import matches, parts, resolve, targetable
+from lora_jax.targets import is_sight, matches, parts, resolve, targetable
 
 Params = Mapping[str, Any]
 
@@ -54,25 +54,25 @@ class Plan:
 def plan(config: LoraConfig, adapters: Params) -> Plan:
   """The plan by which an adapter was made: that of its modules and layers."""
   modules = lora.modules(adapters).values()
-  layers = {module.owner: module.leaves['a'].shape[0] for module in modules}
-  return plan_for(config, layers, next(iter(layers.values()), 0))
+  return plan_for(config, {module.owner: module.leaves['a'].shape[0] for module in modules})
 
 
-def plan_for(config: LoraConfig, paths: Iterable[str], num_layers: int) -> Plan:
+def plan_for(config: LoraConfig, paths: Mapping[str, int]) -> Plan:
   """Spells a configuration out for modules of a base.
+
+  Args:
+    config: the configuration; the layers that it selects are the language model's.
+    paths: of the modules, and how many layers each has.
 
   Raises:
     UserError: a selected layer is not there.
   """
-  chosen = _layers(config, num_layers)
 
   def of(path: str, pairs: Sequence[tuple[str, Any]], common: Any) -> tuple[Any, ...]:
+    layers, chosen = range(paths[path]), _chosen(config, path, paths[path])
     value = lambda layer: next((v for p, v in pairs if matches(p, path, layer)), common)
-    return tuple(
-      value(layer) if layer in chosen else type(common)(0) for layer in range(num_layers)
-    )
+    return tuple(value(layer) if layer in chosen else type(common)(0) for layer in layers)
 
-  paths = tuple(paths)
   return Plan(
     {path: of(path, config.rank_pattern, config.rank) for path in paths},
     {path: of(path, config.alpha_pattern, float(config.alpha)) for path in paths},
@@ -101,8 +101,7 @@ def init(key: jax.Array, params: Params, paths: Iterable[str], config: LoraConfi
   """
   flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
   paths = tuple(paths)
-  num_layers = flat[f'{parts(paths[0])[0]}/kernel'].shape[0]
-  planned = plan_for(config, paths, num_layers)
+  planned = plan_for(config, _depths(flat, paths))
   scales = planned.scales()
   adapters = lora.init(key, params, paths, planned.ranks)
   leaves: dict[str, Any] = dict(flatten_dict(adapters, sep='/'))
@@ -131,7 +130,8 @@ def also_trained(config: LoraConfig, params: Params) -> tuple[str, ...]:
   paths = [
     path for path in flatten_dict(params, sep='/') if path.rsplit('/', 1)[-1] in ('scale', 'bias')
   ]
-  named = lambda pattern, path: pattern in path.split('/')[-2:] or matches(pattern, path)
+  of_name = lambda pattern, path: pattern in path.split('/')[-2:] and not is_sight(path)
+  named = lambda pattern, path: of_name(pattern, path) or matches(pattern, path)
   for pattern in config.train_also:
     if not any(named(pattern, path) for path in paths):
       raise UserError(
@@ -155,22 +155,33 @@ def check(config: LoraConfig, target_sets: Iterable[str], params: Params) -> Non
   sets = [resolve(targets, params) for targets in target_sets]
   paths = dict.fromkeys(path for found in sets for path in found)
   flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
-  num_layers = flat[f'{targetable(params)[0]}/kernel'].shape[0]
-  chosen = _layers(config, num_layers)
+  _layers(config, flat[f'{targetable(params)[0]}/kernel'].shape[0])
+  chosen = {path: _chosen(config, path, depth) for path, depth in _depths(flat, paths).items()}
   also_trained(config, params)
   for found in sets:
     # Shapes alone say whether a module is too small for its rank.
-    ranks = plan_for(config, found, num_layers).ranks
+    ranks = plan_for(config, _depths(flat, found)).ranks
     jax.eval_shape(
       lambda found=found, ranks=ranks: lora.init(jax.random.key(0), params, found, ranks)
     )
   for name in ('rank_pattern', 'alpha_pattern'):
     for pattern, _ in getattr(config, name):
-      if not any(matches(pattern, path, layer) for path in paths for layer in chosen):
+      if not any(matches(pattern, path, layer) for path in paths for layer in chosen[path]):
+        one = next(iter(paths))
         raise UserError(
           f'{name} {pattern!r} matches no adapted module; there are {", ".join(paths)}, '
-          f'with a layer as in {next(iter(paths)).replace("layers/", f"layers/{chosen[0]}/", 1)}'
+          f'with a layer as in {one.replace("layers/", f"layers/{chosen[one][0]}/", 1)}'
         )
+
+
+def _depths(flat: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
+  """How many layers each module has."""
+  return {path: flat[f'{parts(path)[0]}/kernel'].shape[0] for path in paths}
+
+
+def _chosen(config: LoraConfig, path: str, num_layers: int) -> Sequence[int]:
+  """The adapted layers of a module; selected are those of the language model."""
+  return range(num_layers) if is_sight(path) else _layers(config, num_layers)
 
 
 def _layers(config: LoraConfig, num_layers: int) -> tuple[int, ...]:

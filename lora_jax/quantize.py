@@ -21,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
-from lora_jax import lora
+from lora_jax import lora, targets
 from lora_jax.errors import UserError
 from lora_jax.kernels import LoraKernel, dense
 from lora_jax.quantized import Int4Kernel, Int8Kernel, Nf4Kernel, QuantizedKernel
@@ -54,7 +54,8 @@ def quantize(params: Params, kind: str, paths: Iterable[str] | None = None) -> d
   Args:
     params: the base, as exact as there is one; its shapes under `jax.eval_shape`.
     kind: one of `KINDS`.
-    paths: modules whose kernels are quantised; None: all Dense modules of the blocks.
+    paths: modules whose kernels are quantised; None: all Dense modules in the blocks of
+      the language model.
 
   Returns:
     The same tree with quantised kernels in place of those kernels.
@@ -65,7 +66,7 @@ def quantize(params: Params, kind: str, paths: Iterable[str] | None = None) -> d
   if kind not in KINDS:
     raise UserError(f'cannot quantise to {kind!r}; give {", ".join(KINDS)}')
   flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
-  for path in lora.targetable(params) if paths is None else paths:
+  for path in targets.language(params) if paths is None else paths:
     kernel = flat.get(f'{path}/kernel')
     if kernel is None:
       raise UserError(

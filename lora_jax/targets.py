@@ -20,13 +20,31 @@ FUSED = {'qkv_proj': GROUPS['qkv'], 'gate_up_proj': GROUPS['fc1']}
 GROUPS['all'] = tuple(name for names in tuple(GROUPS.values()) for name in names)
 
 
+# What a model sees with. It is meant where a path says so, and never by a name alone.
+_SIGHT = ('vision/layers/', 'connector/')
+
+
+def language(params: Mapping[str, Any]) -> tuple[str, ...]:
+  """Paths of the Dense modules in the blocks of the language model."""
+  return _dense(params, 'layers/')
+
+
 def targetable(params: Mapping[str, Any]) -> tuple[str, ...]:
-  """Paths of the modules that an adapter can sit on: the blocks' Dense modules."""
+  """Paths of the modules that an adapter can sit on, the language model's first."""
+  return language(params) + _dense(params, *_SIGHT)
+
+
+def _dense(params: Mapping[str, Any], *stacks: str) -> tuple[str, ...]:
   return tuple(
     path.removesuffix('/kernel')
     for path in flatten_dict(params, sep='/')
-    if path.startswith('layers/') and path.endswith('/kernel')
+    if path.startswith(stacks) and path.endswith('/kernel')
   )
+
+
+def is_sight(path: str) -> bool:
+  """Whether a module or leaf is of what a model sees with, and not of its language model."""
+  return path.split('/')[0] in ('vision', 'connector')
 
 
 def parts(path: str) -> tuple[str, ...]:
@@ -43,6 +61,8 @@ def fused(path: str) -> str | None:
 
 def label(path: str) -> str:
   """A short name for people: the module's, or `input_layernorm/scale` of what is no module."""
+  if is_sight(path):
+    return path
   *_, parent, name = ['', *path.split('/')]
   return f'{parent}/{name}' if name in ('scale', 'bias') else name
 
@@ -54,7 +74,8 @@ def resolve(targets: str, params: Mapping[str, Any]) -> tuple[str, ...]:
     targets: comma-joined names; each an article's target (`qkv`, `o_proj`, `fc1`,
       `fc2`, `all`), a module's name (`gate_proj`), a fused one (`qkv_proj`,
       `gate_up_proj`: one A for all its parts) or a regular expression that matches a
-      module's whole path (`layers/attn/.*`), itself without a comma.
+      module's whole path (`layers/attn/.*`), itself without a comma. Of a model that sees,
+      names are those of its language model; paths reach the rest (`vision/layers/.*`).
     params: the model's parameters, or their shapes.
 
   Returns:
@@ -64,14 +85,14 @@ def resolve(targets: str, params: Mapping[str, Any]) -> tuple[str, ...]:
     UserError: a name matches no module, or a module would have two adapters.
   """
   paths = targetable(params)
-  wholes = dict.fromkeys(filter(None, map(fused, paths)))
+  wholes = dict.fromkeys(filter(None, map(fused, language(params))))
   wholes = [whole for whole in wholes if set(parts(whole)) <= {*paths}]
   chosen = set()
   for target in split(targets):
     found = {whole for whole in wholes if target == whole.rsplit('/', 1)[-1]}
     found = found or {path for path in paths if matches(target, path)}
     if not found:
-      modules = ', '.join(path.rsplit('/', 1)[-1] for path in [*paths, *wholes])
+      modules = ', '.join(label(path) for path in [*paths, *wholes])
       raise UserError(
         f'target {target!r} matches no module; targets are {", ".join(GROUPS)}; modules are '
         f'{modules}; or a regular expression on a path such as {paths[0]}'
@@ -87,13 +108,16 @@ def resolve(targets: str, params: Mapping[str, Any]) -> tuple[str, ...]:
 def matches(pattern: str, path: str, layer: int | None = None) -> bool:
   """Whether a pattern names a module: by name, by group, or by its whole path.
 
+  Names and groups are of the language model alone.
+
   Args:
     pattern: a module's name, an article's target, or a regular expression.
     path: of the module, `layers/attn/o_proj`.
     layer: which of its layers is meant; the path `layers/3/attn/o_proj` then counts too.
   """
   name = path.rsplit('/', 1)[-1]
-  if pattern == name or {*FUSED.get(name, (name,))} <= {*GROUPS.get(pattern, ())}:
+  named = pattern == name or {*FUSED.get(name, (name,))} <= {*GROUPS.get(pattern, ())}
+  if named and not is_sight(path):
     return True
   spelled = [path] if layer is None else [path, path.replace('layers/', f'layers/{layer}/', 1)]
   try:

@@ -209,7 +209,7 @@ PATHS = ('layers/attn/q_proj', 'layers/attn/o_proj', 'layers/mlp/gate_up_proj')
   ],
 )  # fmt: skip
 def test_the_first_pattern_that_matches_gives_the_rank(changes, ranks):
-  plan = lora_family.plan_for(dataclasses.replace(PLAIN, **changes), PATHS, 3)
+  plan = lora_family.plan_for(dataclasses.replace(PLAIN, **changes), dict.fromkeys(PATHS, 3))
   expected = {path: ranks.get(path.rsplit('/', 1)[-1], (4, 4, 4)) for path in PATHS}
   assert plan.ranks == expected
 
@@ -223,7 +223,7 @@ def test_scales_follow_rank_and_alpha(rslora, power):
     alpha_pattern=(('layers/0/attn/q_proj', 3.0),),
     layers='0-1',
   )
-  scales = lora_family.plan_for(config, PATHS, 3).scales()
+  scales = lora_family.plan_for(config, dict.fromkeys(PATHS, 3)).scales()
   np.testing.assert_allclose(scales['layers/attn/q_proj'], [3 / 4**power, 8 / 4**power, 0])
   np.testing.assert_allclose(scales['layers/attn/o_proj'], [8 / 2**power, 8 / 2**power, 0])
   assert config.scale == 8 / 4**power
