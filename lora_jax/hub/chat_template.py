@@ -21,7 +21,12 @@ import jinja2.sandbox
 
 from lora_jax.errors import UserError, one_line
 
-Messages = Sequence[Mapping[str, str]]
+# Turns: 'role', and 'content': a text, or a list of parts, each {'type': 'text', 'text': ...}
+# or {'type': 'image'}.
+Messages = Sequence[Mapping[str, Any]]
+
+# What stands for an image where a template takes texts alone.
+IMAGE = '<image>'
 
 # For a base that was never taught a chat: headings, and answers that end the text.
 PLAIN = """\
@@ -65,7 +70,8 @@ class ChatTemplate:
     """The chat as text.
 
     Args:
-      messages: turns, each with the strings 'role' and 'content'.
+      messages: turns, each with 'role' and 'content'; a text for a template that takes
+        parts becomes one, and parts for one that takes texts are joined, with `IMAGE`.
       add_generation_prompt: whether to end with the opening of an assistant turn.
 
     Raises:
@@ -74,7 +80,7 @@ class ChatTemplate:
     try:
       # Templates ask whether `tools` is None, and undefined is not.
       return _compile(self.source).render(
-        messages=messages,
+        messages=[self._as_taken(message) for message in messages],
         tools=None,
         documents=None,
         add_generation_prompt=add_generation_prompt,
@@ -103,6 +109,28 @@ class ChatTemplate:
   def turn_tokens(self, tokens: Collection[str]) -> set[str]:
     """Those of `tokens` that a user's turn is made of."""
     return set(_any_of(tokens).findall(self._try([{'role': 'user', 'content': 'ping'}])))
+
+  def _as_taken(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get('content')
+    if isinstance(content, str) and self._takes_parts:
+      return {**message, 'content': [{'type': 'text', 'text': content}]}
+    if isinstance(content, list) and not self._takes_parts:
+      return {**message, 'content': ''.join(part.get('text', IMAGE) for part in content)}
+    return message
+
+  @functools.cached_property
+  def _takes_parts(self) -> bool:
+    """Whether the template says nothing of a text, but what it says of parts."""
+
+    def says(content: Any) -> bool:
+      turn = {'role': 'user', 'content': content}
+      try:
+        text = _compile(self.source).render(messages=[turn], **self.names)
+      except _REFUSALS:
+        return False
+      return 'ping' in text and "'type'" not in text
+
+    return not says('ping') and says([{'type': 'text', 'text': 'ping'}])
 
   def _try(self, messages: Messages) -> str:
     try:

@@ -11,7 +11,8 @@ that is trusted, such as a rendered chat in a test.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -105,7 +106,7 @@ class ChatTokenizer:
       UserError: the template refuses the messages.
     """
     special = self._special
-    everything = '\n'.join(value for message in messages for value in message.values())
+    everything = '\n'.join(text for message in messages for text in _texts(message))
     if not special.search(everything):
       return self.encode(self.render(messages, add_generation_prompt))
 
@@ -115,7 +116,7 @@ class ChatTokenizer:
     mark = next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
     disguise = lambda found: f'{mark}{self.special_tokens[found[0]]}{mark}'
     masked = [
-      {key: special.sub(disguise, value) for key, value in message.items()} for message in messages
+      _with_texts(message, lambda text: special.sub(disguise, text)) for message in messages
     ]
     text = self.render(masked, add_generation_prompt)
     by_id = {str(i): token for token, i in self.special_tokens.items()}
@@ -167,6 +168,25 @@ class ChatTokenizer:
     while end and len(self.encode_plain(text[:end])) > max_tokens:
       end -= 1
     return end
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+  """All that a message says, in texts or in their parts."""
+  found: list[str] = []
+  _with_texts(message, lambda text: found.append(text) or text)
+  return found
+
+
+def _with_texts(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+  """The message with each of its texts changed; of a part, 'type' is the format's own."""
+
+  def part(held: Mapping[str, str]) -> dict[str, str]:
+    return {key: text if key == 'type' else change(text) for key, text in held.items()}
+
+  return {
+    key: [*map(part, value)] if isinstance(value, list) else change(value)
+    for key, value in message.items()
+  }
 
 
 def _whole(text: str) -> str:

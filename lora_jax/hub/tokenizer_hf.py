@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from lora_jax.errors import UserError, one_line
 from lora_jax.hub import tokenizer_json
 from lora_jax.hub.chat_template import PLAIN, ChatTemplate
+from lora_jax.hub.json_file import read_object
 from lora_jax.hub.tokenizer import ChatTokenizer
 
 _TOKENIZER = 'tokenizer.json'
@@ -36,9 +37,9 @@ def from_directory(directory: str | Path, vocab_size: int) -> ChatTokenizer:
   path = directory / _TOKENIZER
   if not path.is_file():
     _say_what_would_work(directory)
-  data = _read_json(path)
-  config = _read_json(directory / 'tokenizer_config.json', missing={})
-  special_map = _read_json(directory / 'special_tokens_map.json', missing={})
+  data = read_object(path)
+  config = read_object(directory / 'tokenizer_config.json', missing={})
+  special_map = read_object(directory / 'special_tokens_map.json', missing={})
   try:
     tokenizer_json.check(data, str(path))
     added = _added_tokens(data, config)
@@ -127,8 +128,8 @@ def _adds(data: Mapping[str, Any], config: Mapping[str, Any], token: str) -> boo
 
 def _end_of_text(directory: Path, names: Mapping[str, str], ids: Mapping[str, int]) -> str:
   tokens = {i: token for token, i in ids.items()}
-  generation = _read_json(directory / 'generation_config.json', missing={})
-  config = _read_json(directory / 'config.json', missing={})
+  generation = read_object(directory / 'generation_config.json', missing={})
+  config = read_object(directory / 'config.json', missing={})
   for source in (generation, names, config):
     found = source.get('eos_token_id', source.get('eos_token'))
     found = found[0] if isinstance(found, list) and found else found
@@ -155,8 +156,12 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str:
     raise UserError(
       f'{directory}: a chat template cannot be read ({one_line(error)}); fetch it again'
     ) from error
-  found = config.get('chat_template') or ''
-  where = directory / 'tokenizer_config.json'
+  where = directory / 'chat_template.json'
+  # A processor's own goes before its tokenizer's.
+  found = read_object(where, missing={}).get('chat_template') or ''
+  if not found:
+    where = directory / 'tokenizer_config.json'
+    found = config.get('chat_template') or ''
   if isinstance(found, str) and found:
     return found
   if isinstance(found, list):
@@ -185,16 +190,3 @@ def _say_what_would_work(directory: Path) -> NoReturn:
     f'{directory}: has {found}, and {_TOKENIZER} is needed; write it with '
     'transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(directory)'
   )
-
-
-def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-  """The object in a JSON file, or `missing` where there is no file and that is given."""
-  if missing is not None and not path.is_file():
-    return missing
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path}: is not readable JSON ({one_line(error)}); fetch it again') from error
-  if not isinstance(value, dict):
-    raise UserError(f'{path}: holds no JSON object; fetch it again')
-  return value
