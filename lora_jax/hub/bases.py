@@ -13,13 +13,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_jax.config import CACHE, ModelConfig
+from lora_jax.config import CACHE, ImageConfig, ModelConfig
 from lora_jax.errors import UserError
 from lora_jax.hub import (
   gguf,
   gguf_config,
   gguf_weights,
   huggingface,
+  image_processor,
   snapshot,
   tiny,
   tokenizer_gguf,
@@ -58,7 +59,9 @@ class Base:
     tokenizer: its tokenizer and chat template.
     record: what to save beside a result: 'name', 'source', 'sha256', 'weights'
       (how they were stored, as 'dequantised Q4_1'), 'licence', 'hub_id' where the model
-      has a name on its hub, and 'chat_template' where we had to give it one.
+      has a name on its hub, 'chat_template' where we had to give it one, and 'sees'
+      ('images') where it does.
+    images: how images are made ready for it, or None where it does not see.
   """
 
   name: str
@@ -66,6 +69,7 @@ class Base:
   params: dict[str, Any]
   tokenizer: ChatTokenizer
   record: dict[str, str]
+  images: ImageConfig | None = None
 
 
 def check_name(name: str) -> None:
@@ -140,6 +144,7 @@ def _from_gguf(name: str, file: gguf.GgufFile, source: dict[str, str]) -> Base:
 def _from_directory(name: str, directory: Path, source: dict[str, str]) -> Base:
   config = huggingface.model_config(directory)
   chat_tokenizer = tokenizer_hf.from_directory(directory, config.vocab_size)
+  images = config.vision and image_processor.image_config(directory, config.vision)
   params = huggingface.load_params(directory, config)
   record = {
     'name': name,
@@ -148,7 +153,8 @@ def _from_directory(name: str, directory: Path, source: dict[str, str]) -> Base:
     'licence': _licence(directory),
     **source,
   }
-  return Base(name, config, params, chat_tokenizer, _with_template(record, chat_tokenizer))
+  record = _with_template(record | ({'sees': 'images'} if images else {}), chat_tokenizer)
+  return Base(name, config, params, chat_tokenizer, record, images)
 
 
 def _with_template(record: dict[str, str], chat_tokenizer: ChatTokenizer) -> dict[str, str]:

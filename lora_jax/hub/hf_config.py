@@ -114,6 +114,13 @@ FAMILIES = {
 }
 
 
+# Models that see, whose config.json holds those of two; `hf_vision` reads them.
+SEEING = {
+  'idefics3': 'Idefics3ForConditionalGeneration',
+  'smolvlm': 'SmolVLMForConditionalGeneration',
+}
+
+
 def read(directory: Path) -> dict[str, Any]:
   """The content of config.json.
 
@@ -132,22 +139,18 @@ def read(directory: Path) -> dict[str, Any]:
   return settings
 
 
-def model_config(directory: Path) -> ModelConfig:
-  """The shape of the model in a directory, from its config.json.
+class Reader:
+  """config.json, or an object in it, with what holds where a field is missing under it."""
 
-  Raises:
-    UserError: there is no such file, it misses a size, or it describes a model that the
-      Transformer cannot compute.
-  """
-  return _Reader(directory / CONFIG, read(directory)).config()
-
-
-class _Reader:
-  """config.json with the defaults of its family under it."""
-
-  def __init__(self, file: Path, settings: dict[str, Any]):
+  def __init__(
+    self, file: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None = None
+  ):
+    """Takes the settings of a language model, or with `defaults` those of anything else."""
     self.file = file
     self.kind = settings.get('model_type')
+    if defaults is not None:
+      self.settings = {**defaults, **settings}
+      return
     named = settings.get('architectures') or []
     # A Gemma 3 that was saved without its eyes keeps the configuration of both.
     if self.kind == 'gemma3' and named == ['Gemma3ForCausalLM']:
@@ -371,7 +374,7 @@ class _Reader:
     return value or {}
 
   def refuse_architecture(self, what: str) -> NoReturn:
-    known = ', '.join(family.architecture for family in FAMILIES.values())
+    known = ', '.join([*(family.architecture for family in FAMILIES.values()), *SEEING.values()])
     seen = '; of a model with eyes only the language model, saved alone, is read'
     raise UserError(
       f'{self.file}: {what} is not supported, {known} are{seen if self.kind == "gemma3" else ""}'

@@ -5,12 +5,13 @@
     huggingface.save(Path('merged'), config, params, like=directory, dtype='bfloat16')
 
 Matrices are (out, in) and layers apart there, (in, out) and stacked here; names are the
-same but for `attn`, `kernel` and `scale`. Which families there are is `hf_config`'s to say.
-No pickle is ever read.
+same but for `attn`, `kernel` and `scale`. Which families there are is `hf_config`'s to say,
+and which of them see `hf_vision`'s. No pickle is ever read.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -23,12 +24,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lora_jax.config import ModelConfig
 from lora_jax.errors import UserError
 from lora_jax.hub import safetensors_file
-from lora_jax.hub.hf_config import CONFIG, model_config, read
+from lora_jax.hub.hf_config import CONFIG, read
 from lora_jax.hub.hf_llama import llama_settings
-from lora_jax.hub.hf_names import name_of
+from lora_jax.hub.hf_names import full_name, is_stacked
+from lora_jax.hub.hf_vision import model_config
 from lora_jax.hub.safetensors_file import DTYPES, SafetensorsFile, Tensor
 from lora_jax.records import write_json
 from lora_jax.transformer import abstract_params
+from lora_jax.vision import CHANNELS
 
 __all__ = ['fingerprint', 'load_params', 'model_config', 'save', 'weights_kind']
 
@@ -48,9 +51,14 @@ _COMPANIONS = (
   'vocab.json',
   'merges.txt',
   'chat_template.jinja',
+  'chat_template.json',
+  'preprocessor_config.json',
+  'processor_config.json',
 )
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt')
-_HEAD, _TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
+_HEAD, _TABLE = 'lm_head.weight', 'embed_tokens.weight'
+# The one kernel that is no matrix there: a convolution's, (out, channels, rows, columns).
+_PATCHES = 'vision/patch_embedding/kernel'
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
 
 # Columns of a matrix that are turned at a time: a whole one leaves the processor's caches.
@@ -79,7 +87,7 @@ def load_params(directory: Path, config: ModelConfig, dtype: Any = None) -> dict
   leaves = _leaves(config)
   places: dict[str, list[str]] = {}
   for path, layer in _places(config):
-    places.setdefault(path, []).append(_name(path, layer))
+    places.setdefault(path, []).append(_name(config, path, layer))
   _check_names(directory, files, {name for names in places.values() for name in names})
   params = {}
   for path, names in places.items():
@@ -94,9 +102,11 @@ def load_params(directory: Path, config: ModelConfig, dtype: Any = None) -> dict
     kinds = {files[name].tensors[name].kind for name in names}
     stored = DTYPES.get(kinds.pop(), np.float32) if len(kinds) == 1 else np.float32
     whole: np.ndarray = np.empty(leaf.shape, stored if dtype is None else dtype)
-    parts = [*whole] if path.startswith('layers/') else [whole]
+    parts = [*whole] if is_stacked(path) else [whole]
     for name, part in zip(names, parts, strict=True):
-      _put(part, files[name].read(name), turned=path.endswith('/kernel'))
+      stored = files[name].read(name)
+      turned = path.endswith('/kernel')
+      _put(part, stored.reshape(len(stored), -1) if turned else stored, turned)
     params[path] = whole
   return unflatten_dict(params, sep='/')
 
@@ -168,7 +178,7 @@ def save(
     settings = read(like)
   tensors, places = {}, {}
   for path, layer in _places(config):
-    leaf, name = leaves[path], _name(path, layer)
+    leaf, name = leaves[path], _name(config, path, layer)
     places[name] = (path, layer)
     tensors[name] = Tensor(_kind(leaf.dtype if dtype is None else dtype), _stored_shape(path, leaf))
   kinds = Counter(tensor.kind for tensor in tensors.values())
@@ -178,7 +188,7 @@ def save(
   def array(name: str) -> np.ndarray:
     path, layer = places[name]
     values = np.asarray(leaves[path] if layer is None else leaves[path][layer])
-    return values.T if path.endswith('/kernel') else values
+    return values.T.reshape(tensors[name].shape) if path.endswith('/kernel') else values
 
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -202,10 +212,14 @@ def save(
 
 def _places(config: ModelConfig) -> list[tuple[str, int | None]]:
   """Each tensor's leaf, and its layer where it is a part of one; layer by layer."""
-  paths = [*_leaves(config)]
-  stacked = [path for path in paths if path.startswith('layers/')]
-  alone: list[tuple[str, int | None]] = [(path, None) for path in paths if path not in stacked]
-  return alone + [(path, layer) for layer in range(config.num_layers) for path in stacked]
+  leaves = _leaves(config)
+  stacks: dict[str, list[str]] = {}
+  for path in filter(is_stacked, leaves):
+    stacks.setdefault(path.split('/')[0], []).append(path)
+  places: list[tuple[str, int | None]] = [(path, None) for path in leaves if not is_stacked(path)]
+  for paths in stacks.values():
+    places += [(path, layer) for layer in range(leaves[paths[0]].shape[0]) for path in paths]
+  return places
 
 
 def _leaves(config: ModelConfig) -> dict[str, Any]:
@@ -213,15 +227,17 @@ def _leaves(config: ModelConfig) -> dict[str, Any]:
   return dict(flatten_dict(abstract_params(config), sep='/'))
 
 
-def _name(path: str, layer: int | None) -> str:
+def _name(config: ModelConfig, path: str, layer: int | None) -> str:
   """What Hugging Face calls a leaf, or a layer of it."""
   module, leaf = path.rsplit('/', 1)
-  prefix = '' if module == 'lm_head' else 'model.'
-  return f'{prefix}{name_of(module, layer)}.{_LEAVES[leaf]}'
+  return f'{full_name(module, layer, config.vision is not None)}.{_LEAVES[leaf]}'
 
 
 def _stored_shape(path: str, leaf: Any) -> tuple[int, ...]:
-  shape = tuple(leaf.shape[1:] if path.startswith('layers/') else leaf.shape)
+  shape = tuple(leaf.shape[1:] if is_stacked(path) else leaf.shape)
+  if path == _PATCHES:
+    side = math.isqrt(shape[0] // CHANNELS)
+    return (shape[1], CHANNELS, side, side)
   return shape[::-1] if path.endswith('/kernel') else shape
 
 
@@ -276,12 +292,13 @@ def _check_names(directory: Path, files: Mapping[str, SafetensorsFile], expected
 
 def _check_tied(files: Mapping[str, SafetensorsFile]) -> None:
   """A checkpoint may store its head although it is the embedding table, but no other head."""
-  head, table = files[_HEAD], files[_TABLE]
-  tied = head.tensors[_HEAD], table.tensors[_TABLE]
+  name = next(name for name in files if name.endswith(_TABLE))
+  head, table = files[_HEAD], files[name]
+  tied = head.tensors[_HEAD], table.tensors[name]
   same = (tied[0].kind, tied[0].shape) == (tied[1].kind, tied[1].shape)
-  if not same or head.read(_HEAD).tobytes() != table.read(_TABLE).tobytes():
+  if not same or head.read(_HEAD).tobytes() != table.read(name).tobytes():
     raise UserError(
-      f'{head.path}: tensor {_HEAD} is not {_TABLE}, though config.json ties them; set its '
+      f'{head.path}: tensor {_HEAD} is not {name}, though config.json ties them; set its '
       'tie_word_embeddings to false'
     )
 
