@@ -65,7 +65,7 @@ def main() -> None:
     params = arithmetic.dare(key, pairs, weights, _DENSITY.value, _RANK.value)
   record = base.record
   adapter = peft.unscaled(
-    params, base=record.get('hub_id', ''), base_sha256=record['sha256'], targets=''
+    params, base=record.get('hub_id', ''), base_sha256=record['sha256'], sees='sees' in record
   )
   with records.new_directory(out) as temporary:
     peft.save(temporary, adapter)

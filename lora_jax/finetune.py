@@ -191,6 +191,7 @@ def run(
       base=base.record.get('hub_id', ''),
       base_sha256=base.record['sha256'],
       targets=job.targets,
+      sees=base.config.vision is not None,
     )
     with new_directory(out / ADAPTER) as directory:
       peft.save(directory, adapter)

@@ -78,6 +78,7 @@ def of_cell(directory: Path) -> peft.Adapter:
     base=record['base'].get('hub_id', ''),
     base_sha256=record['base']['sha256'],
     targets=record['cell']['targets'],
+    sees=bool(record['base'].get('sees')),
   )
 
 

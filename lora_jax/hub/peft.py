@@ -29,14 +29,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
-from lora_jax.hub.hf_names import name_of
+from lora_jax.hub.hf_names import full_name, is_stacked
 from lora_jax.hub.peft_config import CONFIG, alpha_of, read_settings
-from lora_jax.hub.peft_tensors import WEIGHTS, check_against, read_tensors
+from lora_jax.hub.peft_tensors import WEIGHTS, check_against, is_seeing, read_tensors
 from lora_jax.records import read_json, write_bytes, write_json
-from lora_jax.targets import targetable
 
 ORIGIN = 'lora_jax.json'
-_PREFIX = 'base_model.model.model.'
+_PREFIX = 'base_model.model.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Adapter:
     base: what the base is called on its hub, or ''.
     base_sha256: of the base's file, or ''.
     targets: the set of targets, as it was given, or ''.
+    sees: whether its base sees, and so has its language model under another name.
   """
 
   params: Mapping[str, Any]
@@ -61,6 +61,7 @@ class Adapter:
   base: str = ''
   base_sha256: str = ''
   targets: str = ''
+  sees: bool = False
 
   def scales(self) -> dict[str, np.ndarray]:
     """Path -> the factor on each layer's low-rank product, for `lora.attach`."""
@@ -75,19 +76,20 @@ def uniform(params: Mapping[str, Any], rank: int, alpha: float, base: str = '') 
   return of(params, LoraConfig(rank=rank, alpha=alpha), base=base)
 
 
-def of(params: Mapping[str, Any], config: LoraConfig, **about: str) -> Adapter:
+def of(params: Mapping[str, Any], config: LoraConfig, **about: Any) -> Adapter:
   """An adapter tree that was made by `lora_family.init` under a configuration.
 
   Args:
     params: the tree.
     config: the configuration.
-    about: `base`, `base_sha256` and `targets` of the `Adapter`, as far as they are known.
+    about: `base`, `base_sha256`, `targets` and `sees` of the `Adapter`, as far as they are
+      known.
   """
   plan = lora_family.plan(config, params)
   return Adapter(params, plan.ranks, plan.alphas, config.rslora, **about)
 
 
-def unscaled(params: Mapping[str, Any], **about: str) -> Adapter:
+def unscaled(params: Mapping[str, Any], **about: Any) -> Adapter:
   """A plain adapter tree of scale 1, as `arithmetic` makes, each module with a rank of its own."""
   owned = {module.owner: module.leaves['a'] for module in lora.modules(params).values()}
   ranks = {owner: (a.shape[-1],) * a.shape[0] for owner, a in owned.items()}
@@ -130,17 +132,17 @@ def save(directory: Path, adapter: Adapter, bake_scale: bool = False) -> None:
     adapter = dataclasses.replace(adapter, rank_stabilised=False)
   tensors = {}
   for at, linear in linears.items():
-    name = f'{_PREFIX}{name_of(*at)}'
+    name = f'{_PREFIX}{full_name(*at, adapter.sees)}'
     tensors[f'{name}.lora_A.weight'] = linear.a
     tensors[f'{name}.lora_B.weight'] = linear.b
     if linear.m is not None:
       tensors[f'{name}.lora_magnitude_vector'] = linear.m
   for path, leaf in lora.replaced(adapter.params).items():
     module, kind = path.rsplit('/', 1)
-    for layer in range(len(leaf)) if path.startswith('layers/') else [None]:
+    for layer in range(len(leaf)) if is_stacked(path) else [None]:
       # PEFT holds the module itself inside the one that adapts it.
       inner = 'base_layer.' if (module, layer) in linears else ''
-      name = f'{_PREFIX}{name_of(module, layer)}.{inner}'
+      name = f'{_PREFIX}{full_name(module, layer, adapter.sees)}.{inner}'
       held = leaf if layer is None else leaf[layer]
       tensors[name + ('bias' if kind == 'bias' else 'weight')] = np.asarray(held)
   content = safetensors.flax.save(
@@ -162,15 +164,17 @@ def config(linears: Mapping[tuple[str, int], _Linear], adapter: Adapter) -> dict
   alphas = {at: linear.alpha for at, linear in linears.items()}
   rank = Counter(ranks.values()).most_common(1)[0][0]
   alpha = Counter(alphas.values()).most_common(1)[0][0]
-  named = lambda at: f'model.{name_of(*at)}'
-  # A module that only some layers have is named in full, each of them.
+  named = lambda at: full_name(at[0], at[1], adapter.sees)
+  # A module that only some layers have is named in full, each of them; and so are all where
+  # a name alone would be of modules in the vision tower too.
   counts = Counter(path for path, _ in linears)
   layers = len(next(iter(adapter.ranks.values())))
-  names = {at[0].rsplit('/', 1)[-1] if counts[at[0]] == layers else named(at) for at in linears}
+  short = {path for path, count in counts.items() if count == layers and not adapter.sees}
+  names = {at[0].rsplit('/', 1)[-1] if at[0] in short else named(at) for at in linears}
   replaced = [path.rsplit('/', 1) for path in lora.replaced(adapter.params)]
   # PEFT looks for names that end so: `norm` alone would be three norms of a block too.
   saved = {
-    'model.norm' if path == 'norm' else path.rsplit('/', 1)[-1]
+    full_name(path, None, adapter.sees) if path == 'norm' else path.rsplit('/', 1)[-1]
     for path, kind in replaced
     if kind == 'scale'
   }
@@ -213,15 +217,15 @@ def load(directory: Path, params: Mapping[str, Any], base_sha256: str = '') -> A
   flat: dict[str, Any] = dict(flatten_dict(params, sep='/'))
   found = read_tensors(directory, flat)
   check_against(settings, directory, found, flat)
-  layers = flat[f'{targetable(params)[0]}/kernel'].shape[0]
+  sees = is_seeing(flat)
   leaves: dict[str, Any] = {}
   ranks, alphas = {}, {}
   for path in sorted({leaf.removesuffix('/b') for leaf in found if leaf.endswith('/b')}):
-    fan_in, fan_out = flat[f'{path}/kernel'].shape[1:]
+    layers, fan_in, fan_out = flat[f'{path}/kernel'].shape
     held = {name: found.get(f'{path}/{name}', {}) for name in ('a', 'b', 'm')}
     ranks[path] = tuple(held['b'][i].shape[1] if i in held['b'] else 0 for i in range(layers))
     alphas[path] = tuple(
-      alpha_of(settings, f'model.{name_of(path, i)}') if rank else 0.0
+      alpha_of(settings, full_name(path, i, sees)) if rank else 0.0
       for i, rank in enumerate(ranks[path])
     )
     width = max(ranks[path])
@@ -238,6 +242,7 @@ def load(directory: Path, params: Mapping[str, Any], base_sha256: str = '') -> A
     alphas=alphas,
     rank_stabilised=bool(settings.get('use_rslora')),
     base=str(settings.get('base_model_name_or_path') or ''),
+    sees=sees,
     **_origin(directory, base_sha256),
   )
 

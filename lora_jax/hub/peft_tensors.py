@@ -15,7 +15,7 @@ import safetensors
 import safetensors.flax
 
 from lora_jax.errors import UserError, one_line
-from lora_jax.hub.hf_names import name_of, path_of
+from lora_jax.hub.hf_names import full_name, is_stacked, name_of, path_of
 from lora_jax.hub.peft_config import CONFIG, is_saved, is_target, rank_of
 
 WEIGHTS = 'adapter_model.safetensors'
@@ -25,7 +25,7 @@ _DTYPES = ('F32', 'F16', 'BF16')
 
 # Wrappers of a model leave their names in some files; `default` is PEFT's name for an adapter.
 _TENSOR = re.compile(
-  r'(?:base_model\.model\.)?(?:(?:model|language_model|_orig_mod|_fsdp_wrapped_module)\.)*'
+  r'(?:base_model\.model\.)?(?:(?:model|language_model|text_model|_orig_mod|_fsdp_wrapped_module)\.)*'
   r'(?P<module>.+?)\.(?:base_layer\.)?'
   r'(?P<leaf>(?P<lora>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?|weight|bias)'
 )
@@ -55,7 +55,7 @@ def read_tensors(directory: Path, flat: Mapping[str, Any]) -> Found:
     kind = (match['lora'] or match['leaf']) if match else ''
     leaf = f'{path}/{(_LORA | _WHOLE).get(kind)}'
     like = f'{path}/kernel' if kind in _LORA else leaf
-    in_block = path.startswith('layers/')
+    in_block = is_stacked(path)
     if like not in flat or in_block == (layer is None) or (kind in _LORA and not in_block):
       raise UserError(f'{file}: tensor {name} is none of this base or of LoRA; give another file')
     if layer is not None and layer >= flat[like].shape[0]:
@@ -89,11 +89,12 @@ def check_against(
     UserError: a module is a target and has no tensors, or the reverse.
   """
   file, says = directory / WEIGHTS, f'{CONFIG} beside it'
+  sees = is_seeing(flat)
   for path in flat:
     module, kind = path.rsplit('/', 1)
-    layers = range(flat[path].shape[0]) if path.startswith('layers/') else [None]
+    layers = range(flat[path].shape[0]) if is_stacked(path) else [None]
     for layer in layers:
-      name = f'model.{name_of(module, layer)}'
+      name = full_name(module, layer, sees)
       if kind == 'kernel' and layer is not None:
         there, wanted = layer in found.get(f'{module}/b', {}), is_target(settings, name)
         if there != wanted:
@@ -112,9 +113,7 @@ def check_against(
           f'{file}: has {has}weight of {name}, and {says} {but} it in modules_to_save'
         )
   norms = [
-    f'model.{name_of(p[:-6], None if p == "norm/scale" else 0)}'
-    for p in flat
-    if p.endswith('/scale')
+    full_name(p[:-6], 0 if is_stacked(p) else None, sees) for p in flat if p.endswith('/scale')
   ]
   for module in settings.get('modules_to_save') or []:
     if not any(name.endswith(module) for name in norms):
@@ -132,6 +131,11 @@ def check_against(
       f'{file}: has no biases, and {says} has bias {trained!r}: those of the base stay',
       file=sys.stderr,
     )
+
+
+def is_seeing(flat: Mapping[str, Any]) -> bool:
+  """Whether these are the leaves of a base that sees."""
+  return any(path.startswith('vision/') for path in flat)
 
 
 def _check_pairs(file: Path, path: str, found: Found, shape: Sequence[int]) -> None:
