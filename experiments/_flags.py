@@ -150,10 +150,11 @@ def check_seed(seed: int) -> None:
 def check_targets(targets: Sequence[str]) -> None:
   """Raises `UserError` for a set that matches nothing, before any download.
 
-  Paths of the modules are the same at every size.
+  Paths of the modules are the same at every size. Whether a base has a vision tower shows
+  when it is loaded.
   """
   from lora_jax import lora
-  from lora_jax.config import ModelConfig
+  from lora_jax.config import ModelConfig, VisionConfig
   from lora_jax.transformer import abstract_params
 
   smallest = ModelConfig(
@@ -166,9 +167,24 @@ def check_targets(targets: Sequence[str]) -> None:
     mlp_dim=2,
     max_length=2,
   )
-  params = abstract_params(smallest)
+  sight = VisionConfig(
+    image_size=1,
+    patch_size=1,
+    model_dim=1,
+    num_layers=1,
+    num_heads=1,
+    mlp_dim=1,
+    shuffle=1,
+    image_token=0,
+  )
   for names in targets:
-    lora.resolve(names, params)
+    try:
+      lora.resolve(names, abstract_params(smallest))
+    except UserError as error:
+      try:
+        lora.resolve(names, abstract_params(dataclasses.replace(smallest, vision=sight)))
+      except UserError:
+        raise error from None
 
 
 def load_base(name: str) -> 'Base':

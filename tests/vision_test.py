@@ -174,6 +174,16 @@ def test_names_mean_the_language_model_and_paths_what_they_say():
   assert len(found) == 8
 
 
+def test_targets_are_checked_before_anything_is_loaded():
+  from experiments import _flags
+
+  _flags.check_targets(['all', 'o_proj,vision/layers/attn/.*', 'connector/.*'])
+  with pytest.raises(UserError, match=r"'o_porj' matches no module") as caught:
+    _flags.check_targets(['o_porj'])
+  # Those who have a base without eyes need not read of them.
+  assert 'vision' not in str(caught.value)
+
+
 @pytest.mark.parametrize('changes', [{}, {'dora': True}, {'init': 'pissa'}, {'layers': '1'}])
 def test_adapters_of_what_sees_change_nothing_and_then_train(changes):
   params = tiny_vlm.params()
