@@ -139,6 +139,21 @@ def test_packed_rows_see_their_own_images():
   np.testing.assert_allclose(together.reshape(apart.shape), apart, atol=1e-4)
 
 
+def test_tokens_after_images_decode_as_in_one_pass():
+  variables = {'params': tiny_vlm.params()}
+  whole, of = tokens(), features(variables['params'])
+  run = jax.jit(lambda t, p, past, f: MODEL.apply(variables, t, p, past=past, features=f))
+  expected, _ = run(whole, None, (), of)
+  cut = 12
+  of_prompt = Features(of.values_BED, of.slots_BT[:, :cut])
+  positions_BT = jnp.tile(jnp.arange(14)[None], (2, 1))
+  start, held = run(whole[:, :cut], None, (), of_prompt)
+  # A prompt is run with its images; what follows needs them no more.
+  rest, _ = run(whole[:, cut:], positions_BT[:, cut:], ((held, positions_BT[:, :cut]),), None)
+  np.testing.assert_allclose(start, expected[:, :cut], atol=1e-4)
+  np.testing.assert_allclose(rest, expected[:, cut:], atol=1e-4)
+
+
 def test_remat_changes_nothing():
   params = tiny_vlm.params()
   plain = jax.jit(jax.grad(loss))(params)

@@ -6,7 +6,8 @@ followed by the whole of it squeezed into one more:
 
     tiles = cut(decode(row['image'], where), images)
     pixels_IYXC = normalise(tiles.pixels_IYXC, images)
-    ids = expand(tokenizer.encode_chat(messages), tokenizer, vision, images, [tiles])
+    grids = [(tiles.rows, tiles.columns)]
+    ids = expand(tokenizer.encode_chat(messages), tokenizer, vision, images, grids)
 
 An `<image>` in the prompt becomes, for each tile, its place and a token for each of its
 embeddings; the shape of the cut follows from an image's size alone (`grid`).
@@ -21,9 +22,9 @@ from PIL import Image
 
 from lora_jax.config import ImageConfig, VisionConfig
 from lora_jax.errors import UserError
+from lora_jax.hub.chat_template import IMAGE
 from lora_jax.hub.tokenizer import ChatTokenizer
 
-IMAGE = '<image>'
 _AROUND = '<fake_token_around_image>'
 _WHOLE = '<global-img>'
 
