@@ -41,7 +41,11 @@ from lora_jax.attention import attend, causal_mask, softcap
 from lora_jax.config import ModelConfig
 from lora_jax.kernels import Kernel, dot
 from lora_jax.layers import ACTIVATIONS, Dense
+from lora_jax.self_attention import SelfAttention
 from lora_jax.vision import CHANNELS, Connector, Features, VisionTower
+
+# As many rows or fewer are few to a matrix product on a CPU.
+_FEW_ROWS = 64
 
 
 @flax.struct.dataclass
@@ -284,7 +288,7 @@ class Transformer(nn.Module):
       x_BTD *= jnp.asarray(self.config.embed_scale, self.dtype)
     if features is not None:
       x_BTD = features.put(x_BTD)
-    layers = Layer.stacked(self.config)
+    layers = Layer.stacked(self.config, NOWHERE if past else tokens_BT.shape[1])
     x_BTD, new_kv = self.layers(x_BTD, past_kv, layers, positions_BT, segments_BT, past_positions)
     return self.norm(x_BTD), KeyValues(*new_kv)
 
