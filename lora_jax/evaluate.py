@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import packs
 from lora_jax.data.task import Example, Task
 from lora_jax.errors import UserError
-from lora_jax.generate import generate, generate_pack
+from lora_jax.generate import generate, generate_pack, read_prompts
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.progress import Progress
 from lora_jax.transformer import Transformer, head_kernel, logits
@@ -216,10 +215,7 @@ def next_log_probs(
   model: Transformer, params: Mapping[str, Any], prompts_BT: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
   """Log probabilities (B, V) of the token after each prompt."""
-  hidden_BTD, _ = model.apply({'params': params}, prompts_BT)
-  last_B = jnp.maximum(lengths_B - 1, 0)
-  hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-  return jax.nn.log_softmax(logits(model, hidden_BD, head_kernel(model, params)))
+  return _next_log_probs(model, params, head_kernel(model, params), 1, prompts_BT, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -231,8 +227,15 @@ def next_log_probs_pack(
   lengths_B: jax.Array,
 ) -> jax.Array:
   """As `next_log_probs`, for all cells of a pack: (C, B, V)."""
-  one = lambda cell: next_log_probs(model, cell.attach(base), prompts_BT, lengths_B)
-  return jax.vmap(one)(pack)
+  attached, axes = pack.attach(base)
+  head = head_kernel(model, base)
+  one = lambda params: _next_log_probs(model, params, head, pack.cells, prompts_BT, lengths_B)
+  return jax.vmap(one, in_axes=(axes,))(attached)
+
+
+def _next_log_probs(model, params, head, cells, prompts_BT, lengths_B):
+  hidden_BD, _ = read_prompts(model, params, prompts_BT, lengths_B, cells)
+  return jax.nn.log_softmax(logits(model, hidden_BD, head))
 
 
 def _choice_ids(task: Task, example: Example, tokenizer: ChatTokenizer) -> list[int]:

@@ -14,12 +14,41 @@ import jax.numpy as jnp
 
 from lora_jax.kernels import Kernel
 from lora_jax.packs import Pack
+from lora_jax.parts import part_rows
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
 
 # Calls f(params, *arrays) for every cell, arrays and results with the cells' axis, if any.
 _ForCells = Callable[..., Any]
+
+
+def read_prompts(
+  model: Transformer, params: Params, prompts_BT: jax.Array, lengths_B: jax.Array, cells: int = 1
+) -> tuple[jax.Array, KeyValues]:
+  """Hidden states (B, D) of each prompt's last token, and the keys and values of all.
+
+  Args:
+    model: the Transformer.
+    params: its parameters, with adapters attached or without.
+    prompts_BT: token ids, padded on the right.
+    lengths_B: true lengths.
+    cells: how many calls of this run as one under `vmap`.
+  """
+
+  def read(prompts_BT, lengths_B):
+    hidden_BTD, kv = model.apply({'params': params}, prompts_BT)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    return jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], kv
+
+  batch, time = prompts_BT.shape
+  together = part_rows(batch, time, cells)
+  if together == batch:
+    return read(prompts_BT, lengths_B)
+  parts = (prompts_BT.reshape(-1, together, time), lengths_B.reshape(-1, together))
+  hidden, kv = jax.lax.map(lambda part: read(*part), parts)
+  joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], batch, *x.shape[3:])
+  return hidden.reshape(batch, -1), jax.tree.map(joined, kv)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -48,7 +77,7 @@ def generate(
   """
   for_cells = lambda f, *arrays: f(params, *arrays)
   head = head_kernel(model, params, prompts_BT.shape[0])
-  return _continue(model, for_cells, head, prompts_BT, lengths_B, max_new_tokens, eos_id)
+  return _continue(model, for_cells, head, 1, prompts_BT, lengths_B, max_new_tokens, eos_id)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -62,18 +91,22 @@ def generate_pack(
   eos_id: int,
 ) -> jax.Array:
   """As `generate`, for all cells of a pack at once: tokens_CBT."""
+  attached, axes = pack.attach(base)
 
   def for_cells(f, *arrays):
-    return jax.vmap(lambda cell, *own: f(cell.attach(base), *own))(pack, *arrays)
+    return jax.vmap(f, in_axes=(axes, *[0] * len(arrays)))(attached, *arrays)
 
   head = head_kernel(model, base, pack.cells * prompts_BT.shape[0])
-  return _continue(model, for_cells, head, prompts_BT, lengths_B, max_new_tokens, eos_id)
+  return _continue(
+    model, for_cells, head, pack.cells, prompts_BT, lengths_B, max_new_tokens, eos_id
+  )
 
 
 def _continue(
   model: Transformer,
   for_cells: _ForCells,
   head: Kernel,
+  cells: int,
   prompts_BT: jax.Array,
   lengths_B: jax.Array,
   max_new_tokens: int,
@@ -89,10 +122,9 @@ def _continue(
   def next_token(hidden_BD):
     return jnp.argmax(logits(model, hidden_BD, head), axis=-1).astype(jnp.int32)
 
-  def read_prompt(params):
-    hidden_BTD, kv = model.apply({'params': params}, prompts_BT)
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    return next_token(jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]), kv
+  def read(params):
+    hidden_BD, kv = read_prompts(model, params, prompts_BT, lengths_B, cells)
+    return next_token(hidden_BD), kv
 
   slots_T = jnp.arange(time)
   prompt_BT = jnp.where(slots_T[None] < lengths_B[:, None], slots_T[None], NOWHERE)
@@ -121,7 +153,7 @@ def _continue(
     token, new_kv = for_cells(read_token, token, prompt_kv, own_kv)
     return step + 1, token, own_kv.write(new_kv, step), done, out
 
-  token, prompt_kv = for_cells(read_prompt)
+  token, prompt_kv = for_cells(read)
   lead = token.shape[:-1]
   empty = KeyValues.empty(model.config, batch, max_new_tokens, model.dtype)
   own_kv = jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), empty)

@@ -17,7 +17,8 @@ import numpy as np
 from lora_jax import lora_family, packs
 from lora_jax.config import TrainConfig
 from lora_jax.data.pipeline import Batch, BatchShape
-from lora_jax.step import CPU_POSITIONS, for_batches, make_evaluation, make_step, stack_batches
+from lora_jax.parts import CPU_POSITIONS
+from lora_jax.step import for_batches, make_evaluation, make_step, stack_batches
 from lora_jax.train import DivergedError, Outcome, TrainJob, Wave, prepare, train_wave
 from lora_jax.transformer import Transformer
 

@@ -22,6 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig
+from lora_jax.kernels import LoraKernel
+from lora_jax.quantized import QuantizedKernel
 from lora_jax.targets import FUSED
 
 # Of the memory that is free, what a program may ask for: allocators lose some to gaps.
@@ -45,9 +47,19 @@ class Pack:
     """C."""
     return next(iter(self.scales.values())).shape[0]
 
-  def attach(self, base: Mapping[str, Any]) -> dict:
-    """One cell's adapters on its base; to be called under `vmap`, without the axis C."""
-    return lora.attach(base, self.adapters, self.scales)
+  def attach(self, base: Mapping[str, Any]) -> tuple[dict, Any]:
+    """All cells' adapters on their base, and the axes by which `vmap` tells cells apart.
+
+    Whatever attaching computes is computed once, and the base stays without the axis C.
+    """
+    one = lambda cell: lora.attach(base, cell.adapters, cell.scales)
+    first = jax.eval_shape(lambda pack: one(jax.tree.map(lambda leaf: leaf[0], pack)), self)
+    own = lora.replaced(self.adapters)
+    kernel = lambda node: isinstance(node, LoraKernel | QuantizedKernel)
+    nodes = jax.tree_util.tree_leaves_with_path(first, is_leaf=kernel)
+    axes = [0 if _path(path) in own else _cell_axes(node) for path, node in nodes]
+    tree = jax.tree.unflatten(jax.tree.structure(first, is_leaf=kernel), axes)
+    return jax.vmap(one, out_axes=tree)(self), tree
 
 
 def kind(adapters: Mapping[str, Any], config: LoraConfig) -> tuple:
@@ -159,6 +171,18 @@ def free_bytes(meminfo: Path = Path('/proc/meminfo')) -> int | None:
   except OSError:
     return None
   return int(_USABLE * 1024 * int(found[1])) if found else None
+
+
+def _cell_axes(node: Any) -> Any:
+  """For an attached leaf or kernel: 0 where cells have their own, None where they share it."""
+  if not isinstance(node, LoraKernel):
+    return None
+  gain = None if node.gain is None else 0
+  return LoraKernel(_cell_axes(node.w), 0, 0, 0, None, node.dropout_rate, gain)
+
+
+def _path(keys: Sequence[Any]) -> str:
+  return '/'.join(key.key for key in keys)
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Any]:

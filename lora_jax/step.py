@@ -22,13 +22,11 @@ from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.data.pipeline import Batch, BatchShape
 from lora_jax.loss import CHUNK, chunks_in_use, completion_loss
 from lora_jax.optim import Hyper, optimizer
+from lora_jax.parts import part_rows
 from lora_jax.self_attention import SelfAttention
 from lora_jax.transformer import Transformer, head_kernel, logits
 
 Params = Mapping[str, Any]
-
-# A CPU is fastest with so many positions at a time (BUILD_NOTES.md, Speed).
-CPU_POSITIONS = 1024
 
 # Positions that the head takes at a time, of each cell, at least.
 _LEAST_CHUNK = 32
@@ -88,27 +86,6 @@ def init_state(
   whole, hyper = packs.embed(adapters, shapes), Hyper.of(optim_config, steps)
   key = jax.random.fold_in(jax.random.key(seed), 1)
   return TrainState(jnp.int32(0), whole, optimizer(hyper).init(whole), key, scales, hyper)
-
-
-def part_rows(rows: int, length: int, cells: int, positions: int = 0) -> int:
-  """How many rows of a batch run through the model at a time; gradients are summed over parts.
-
-  Args:
-    rows: of a batch.
-    length: of a row.
-    cells: C, which all run at the same time.
-    positions: at most so many at a time, where a row allows it; 0: all, but on a CPU as
-      many as its caches hold (BUILD_NOTES.md, Speed).
-
-  Returns:
-    A divisor of `rows`, so that no part is filled up with padding.
-  """
-  if not positions:
-    if jax.default_backend() != 'cpu':
-      return rows
-    positions = CPU_POSITIONS
-  fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * length * cells <= positions]
-  return max(fitting, default=1)
 
 
 def stack_batches(batches: Sequence[Batch], positions: int = 0) -> dict[str, Any]:

@@ -1,12 +1,14 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
 from tiny_model import CONFIG, MODEL
 
-from lora_jax import lora, packs
+from lora_jax import lora, lora_family, packs
 from lora_jax.config import LoraConfig
 from lora_jax.generate import generate, generate_pack
+from lora_jax.parts import part_rows
 
 # No row ends where no token is this one.
 NEVER = -1
@@ -102,11 +104,21 @@ def test_adapters_attached_equal_adapters_merged(free):
   assert (attached != free).any()
 
 
-def test_a_pack_writes_what_each_of_its_cells_writes_alone(free):
-  base = tiny_model.params()
-  cells = [('o_proj', 0), ('all', 1), ('qkv,fc2', 2)]
-  adapters = [tiny_model.trained_adapters(*cell) for cell in cells]
-  shapes, config = packs.union(adapters), LoraConfig(rank=4, alpha=8.0)
+@pytest.mark.parametrize(
+  'changes',
+  [{}, {'dora': True}, {'init': 'pissa', 'train_also': ('norm', 'input_layernorm')}],
+  ids=str,
+)
+def test_a_pack_writes_what_each_of_its_cells_writes_alone(free, changes):
+  base, config = tiny_model.params(), LoraConfig(rank=4, alpha=8.0, **changes)
+  adapters = []
+  for seed, targets in enumerate(['o_proj', 'all', 'qkv,fc2']):
+    paths = lora.resolve(targets, base)
+    fresh = lora_family.init(jax.random.key(seed), base, paths, config)
+    rng = np.random.default_rng(seed)
+    noise = lambda x, rng=rng: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+    adapters.append(jax.tree.map(noise, fresh))
+  shapes = packs.union(adapters)
   pack = packs.stack(
     [packs.Pack(packs.embed(own, shapes), packs.scales(own, config, shapes)) for own in adapters]
   )
@@ -115,6 +127,13 @@ def test_a_pack_writes_what_each_of_its_cells_writes_alone(free):
   together = np.asarray(generate_pack(MODEL, base, pack, *padded(prompts()), NEW, eos_id))
   assert together.shape == (3, len(LENGTHS), NEW)
   for out, own in zip(together, adapters, strict=True):
-    attached = lora.attach(base, own, tiny_model.SCALE)
+    attached = lora.attach(base, own, lora_family.plan(config, own).scales())
     np.testing.assert_array_equal(out, run(prompts(), eos_id, params=attached))
   assert len({out.tobytes() for out in together}) == 3
+
+
+def test_prompts_read_in_parts_are_read_alike(monkeypatch, free):
+  monkeypatch.setattr('lora_jax.parts.CPU_POSITIONS', 2 * max(LENGTHS))
+  jax.clear_caches()
+  assert part_rows(len(LENGTHS), max(LENGTHS), 1) == 2
+  np.testing.assert_array_equal(run(prompts()), free)

@@ -11,12 +11,12 @@ from tiny_model import CONFIG, MODEL
 
 from lora_jax import lora, packs
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
+from lora_jax.parts import part_rows
 from lora_jax.step import (
   batch_loss,
   init_state,
   make_evaluation,
   make_step,
-  part_rows,
   stack_batches,
 )
 from lora_jax.train import DivergedError, TrainJob, train
