@@ -25,8 +25,8 @@ _ForCells = Callable[..., Any]
 
 def read_prompts(
   model: Transformer, params: Params, prompts_BT: jax.Array, lengths_B: jax.Array, cells: int = 1
-) -> tuple[jax.Array, KeyValues]:
-  """Hidden states (B, D) of each prompt's last token, and the keys and values of all.
+) -> tuple[jax.Array, Any]:
+  """Hidden states (B, D) of each prompt's last token, and `KeyValues` of all tokens.
 
   Args:
     model: the Transformer.
@@ -36,7 +36,7 @@ def read_prompts(
     cells: how many calls of this run as one under `vmap`.
   """
 
-  def read(prompts_BT, lengths_B):
+  def read(prompts_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Any]:
     hidden_BTD, kv = model.apply({'params': params}, prompts_BT)
     last_B = jnp.maximum(lengths_B - 1, 0)
     return jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], kv

@@ -9,6 +9,7 @@ gradient and gives none, so what is not a cell's own stays zero and moves no nor
   own = extract(take(together, 0), adapters)      # after training
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -177,8 +178,9 @@ def _cell_axes(node: Any) -> Any:
   """For an attached leaf or kernel: 0 where cells have their own, None where they share it."""
   if not isinstance(node, LoraKernel):
     return None
+  own: dict[str, Any] = dict.fromkeys(('a', 'b', 'scale'), 0)
   gain = None if node.gain is None else 0
-  return LoraKernel(_cell_axes(node.w), 0, 0, 0, None, node.dropout_rate, gain)
+  return dataclasses.replace(node, w=_cell_axes(node.w), gain=gain, **own)
 
 
 def _path(keys: Sequence[Any]) -> str:
