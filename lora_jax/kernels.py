@@ -37,8 +37,8 @@ class LoraKernel:
     a: (in, R), float32.
     b: (R, out), float32.
     scale: scalar, usually alpha / R.
-    dropout_key: a PRNG key where the adapter's input is dropped out (training), or
-      None (evaluation).
+    dropout_key: a PRNG key where the adapter's input is dropped out (training), or one for
+      each entry of its first axis; None (evaluation).
     dropout_rate: share of the input's entries that are dropped; read only where
       there is a key.
     gain: (out,), float32, what each output is multiplied by (DoRA), or None.
@@ -78,7 +78,7 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   base = dot(x, kernel.w, dtype)
   seen = x
   if kernel.dropout_key is not None:
-    keep = jax.random.bernoulli(kernel.dropout_key, 1.0 - kernel.dropout_rate, x.shape)
+    keep = _kept(kernel.dropout_key, 1.0 - kernel.dropout_rate, x)
     seen = jnp.where(keep, x / (1.0 - kernel.dropout_rate), 0).astype(x.dtype)
   low = jnp.matmul(seen, kernel.a.astype(x.dtype))
   # The scale goes on the narrow (..., R) product, where it costs least.
@@ -91,6 +91,13 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   # In float32: a gain rounded to bfloat16 could not leave 1 by little.
   gain = jnp.broadcast_to(kernel.gain, base.shape)
   return (base + (gain - 1) * of_base + gain * update).astype(base.dtype)
+
+
+def _kept(key: jax.Array, share: float, x: jax.Array) -> jax.Array:
+  """Which entries of `x` (..., in) stay; several keys have the same number of rows each."""
+  keys = key.reshape(-1)
+  shape = (x.size // x.shape[-1] // keys.size, x.shape[-1])
+  return jax.vmap(lambda key: jax.random.bernoulli(key, share, shape))(keys).reshape(x.shape)
 
 
 def dense(kernel: Kernel, dtype: jax.typing.DTypeLike) -> jax.Array:

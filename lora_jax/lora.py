@@ -118,7 +118,8 @@ def attach(
     params: the base.
     adapters: from `init` or `lora_family.init`, or trained.
     scale: alpha / rank of every module, or for each path one for each layer.
-    dropout_key: a key while training with dropout; None otherwise.
+    dropout_key: a key while training with dropout, or (B,) keys, one for each row of the
+      batch, whose dropout then depends on no other row; None otherwise.
     dropout_rate: share of an adapter's input that is dropped, where there is a key.
 
   Returns:
@@ -136,8 +137,7 @@ def attach(
     keys = None
     if dropout_key is not None and dropout_rate > 0:
       # The parts of a fused module see one input, and so drop the same of it.
-      keys = jax.random.fold_in(dropout_key, zlib.crc32(module.owner.encode()))
-      keys = jax.random.split(keys, scales.shape) if scales.ndim else keys
+      keys = _dropout_keys(dropout_key, module.owner, scales.shape)
     flat[f'{path}/kernel'] = LoraKernel(w, *pair, keys, dropout_rate, gain)
   return unflatten_dict(flat, sep='/')
 
@@ -281,6 +281,19 @@ def summarise(adapters: Params, ranks: Mapping[str, Sequence[int]] | None = None
     trainable_params=sum(numbers(path) for path in flat if _name(path) not in _FROZEN),
     adapter_bytes=sum(numbers(path) * leaf.dtype.itemsize for path, leaf in flat.items()),
   )
+
+
+def _dropout_keys(key: jax.Array, owner: str, layers: tuple[int, ...]) -> jax.Array:
+  """A module's keys: those of its layers first, then of rows, where rows have their own."""
+
+  def of_layers(key):
+    own = jax.random.fold_in(key, zlib.crc32(owner.encode()))
+    return jax.random.split(own, layers) if layers else own
+
+  if not key.ndim:
+    return of_layers(key)
+  # What sees images does not see the rows of the batch.
+  return of_layers(key[0]) if targets.is_sight(owner) else jax.vmap(of_layers, 0, -1)(key)
 
 
 def _gain(kernel: LoraKernel, m: jax.Array) -> jax.Array:

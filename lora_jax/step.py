@@ -40,7 +40,8 @@ class TrainState:
     step: updates so far, int32.
     adapters: the adapter tree, float32.
     opt_state: the optimiser's state.
-    key: PRNG key of dropout, the same at every step; the step's number is folded in.
+    key: PRNG key of dropout, the same at every step; the numbers of the step and of a
+      row of its batch are folded in.
     scales: path of a module -> (L,), the factor on each layer's low-rank product.
     hyper: the hyperparameters.
   """
@@ -146,8 +147,10 @@ def make_step(
     step_key = jax.random.fold_in(state.key, state.step)
 
     def total_loss(adapters, number, part):
-      key = jax.random.fold_in(step_key, number)
-      return batch_loss(model, base, adapters, part, state.scales, key, dropout, _chunk(cells))
+      # Of each row of the batch, so that it does not matter how many there are in a part.
+      rows = part['tokens'].shape[0]
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, number * rows + jnp.arange(rows))
+      return batch_loss(model, base, adapters, part, state.scales, keys, dropout, _chunk(cells))
 
     part_grads = jax.value_and_grad(total_loss, has_aux=True)
     of_part = lambda number, part: part_grads(state.adapters, number, part)

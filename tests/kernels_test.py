@@ -97,6 +97,15 @@ class TestDropout:
     x = draw(3, IN)
     np.testing.assert_array_equal(dot(x, lora_kernel(dropout_rate=0.9)), dot(x, lora_kernel()))
 
+  def test_with_a_key_for_each_row_none_depends_on_the_others(self):
+    x, keys = draw(3, 5, IN), jax.random.split(jax.random.key(0), 3)
+    kernel = lora_kernel(dropout_rate=0.5)
+    together = dot(x, kernel.replace(dropout_key=keys))
+    for row, key in enumerate(keys):
+      one = dot(x[row], kernel.replace(dropout_key=key))
+      np.testing.assert_allclose(together[row], one, atol=1e-5)
+    assert not np.allclose(together, dot(x, kernel.replace(dropout_key=keys[0])))
+
   def test_keeps_the_mean(self):
     x, rate, draws = draw(2, IN), 0.3, 4000
     keys = jax.random.split(jax.random.key(0), draws)

@@ -11,7 +11,7 @@ from train_test import LENGTH, LORA, ROWS, STEPS, toy_batches
 from lora_jax import lora, lora_family, packs
 from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.presets import ARTICLE_TARGETS
-from lora_jax.step import make_evaluation, make_step, stack_batches
+from lora_jax.step import make_evaluation, make_step, part_rows, stack_batches
 from lora_jax.train import DivergedError, Outcome, TrainJob, prepare, train_wave
 
 MODEL = tiny_model.MODEL
@@ -101,6 +101,17 @@ def test_the_whole_family_packs(changes):
   for outcome, given in zip(together(cells(), short), cells(), strict=True):
     # PiSSA's singular vectors take the rounding of their products along.
     assert_same(outcome, alone(given, short), tolerance=5e-4)
+
+
+def test_what_drops_out_of_a_row_does_not_depend_on_the_rows_that_run_with_it():
+  short = dataclasses.replace(CONFIG, steps=3, positions=ROWS * LENGTH)
+  assert part_rows(ROWS, LENGTH, 1, short.positions) == 2 * part_rows(
+    ROWS, LENGTH, 2, short.positions
+  )
+  config = dataclasses.replace(LORA, dropout=0.3)
+  cells = lambda: [job('o_proj', 0, config, watched=0), job('qkv,fc2', 1, config, watched=0)]
+  for outcome, given in zip(together(cells(), short), cells(), strict=True):
+    assert_same(outcome, alone(given, short))
 
 
 def test_fused_modules_pack_with_their_like():
