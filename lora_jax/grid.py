@@ -120,7 +120,7 @@ class Trainer:
   def _step(self, wave: Wave, shape: BatchShape) -> jax.stages.Compiled:
     """The compiled step of such waves."""
     dropout = wave.jobs[0].lora.dropout
-    key = (shape, dropout, *_avals(wave.states))
+    key = (shape, dropout, jax.tree.structure(wave.states), *_avals(wave.states))
     if key not in self._steps:
       zeros = np.zeros((shape.rows, shape.length), np.int32)
       batch: Batch = {'weights': zeros.astype(np.float32)}

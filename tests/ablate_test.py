@@ -72,6 +72,24 @@ def test_finished_cells_are_skipped_and_the_report_is_the_same(finished):
   assert 'train medmcqa' not in again.stderr
 
 
+def test_cells_train_together_and_programs_are_counted(tmp_path):
+  more = ('--targets=qkv', '--seeds=0,1', '--pack=2', '--datasets=medmcqa')
+  done = ablate(*SMOKE, *more, f'--out={tmp_path / "out"}')
+  assert done.returncode == 0, done.stderr
+  assert 'train medmcqa, cells 1-2 of 4: 2/2' in done.stderr
+  assert 'train medmcqa, cells 3-4 of 4: 2/2' in done.stderr
+  assert 'training and scoring: ' in done.stderr
+  assert ' programs compiled in ' in done.stderr
+  files = sorted((tmp_path / 'out' / 'cells').glob('*-seed?.json'))
+  records = [json.loads(file.read_text()) for file in files]
+  assert [record['train']['cells'] for record in records] == [2] * 4
+  assert len({tuple(record['train']['losses']) for record in records}) == 4
+  for file, record in zip(files, records, strict=True):
+    held = checkpoint.load(file.with_suffix('.adapter'))['layers']
+    named = {f'layers/{block}/{module}' for block in held for module in held[block]}
+    assert named == {*record['lora']['modules']}
+
+
 def test_a_quantised_base_is_measured_and_recorded(tmp_path):
   done = ablate(*SMOKE, '--quantize=nf4', '--datasets=medmcqa', f'--out={tmp_path / "out"}')
   assert done.returncode == 0, done.stderr

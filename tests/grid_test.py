@@ -47,6 +47,30 @@ def test_kinds_that_share_no_tree_take_turns():
   assert 'm' in outcomes[2].adapters['layers']['mlp']['down_proj']
 
 
+def test_a_last_wave_that_is_not_full_uses_the_program_of_the_others():
+  jobs = [job('o_proj', seed) for seed in range(3)]
+  trainer = Trainer(MODEL, tiny_model.params(), CONFIG, cells=2)
+  waves = []
+  for wave, _ in trainer.train(jobs, SHAPE):
+    waves.append((len(wave.jobs), wave.cells))
+  assert waves == [(2, 2), (1, 2)]
+  assert len(trainer._steps) == 1
+
+
+def test_modules_of_one_shape_at_other_paths_are_another_program():
+  trainer = Trainer(MODEL, tiny_model.params(), CONFIG)
+  for targets in ('k_proj', 'v_proj'):
+    ((_, (outcome,)),) = trainer.train([job(targets)], SHAPE)
+    assert_same(outcome, alone(job(targets), CONFIG))
+
+
+@pytest.mark.parametrize(
+  ('jobs', 'cells', 'even'), [(4, 3, 2), (5, 5, 5), (7, 3, 3), (9, 4, 3), (1, 8, 1), (3, 0, 1)]
+)
+def test_waves_are_as_even_as_they_come(jobs, cells, even):
+  assert grid._even(jobs, cells) == even
+
+
 def test_the_articles_grid_compiles_no_more_programs_than_two_of_its_sets():
   counts = []
   for sets in (('qkv', 'all'), ARTICLE_TARGETS, (*ARTICLE_TARGETS, 'q_proj', 'up_proj', 'k_proj')):

@@ -58,6 +58,7 @@ def assert_same(one, other, tolerance=1e-4):
     assert getattr(one, name) == getattr(other, name)
 
 
+@pytest.mark.slow
 def test_the_articles_grid_in_one_program_equals_its_cells_alone():
   cells = [(targets, seed) for targets in ARTICLE_TARGETS for seed in (0, 1)]
   outcomes = together([job(*cell) for cell in cells])
@@ -83,6 +84,7 @@ def test_ranks_rates_and_streams_may_differ_between_cells():
     assert_same(outcome, alone(given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
