@@ -233,3 +233,14 @@ def test_quantised_is_the_language_model():
   kernels = flatten_dict(quantize.quantize(tiny_vlm.params(), 'int8'), sep='/')
   quantised = {path for path, leaf in kernels.items() if isinstance(leaf, QuantizedKernel)}
   assert quantised == {f'{path}/kernel' for path in lora.resolve('all', tiny_vlm.params())}
+
+
+def test_what_sees_images_drops_out_without_regard_to_rows():
+  params = tiny_vlm.params()
+  paths = lora.resolve(f'o_proj,{",".join(SIGHT)}', params)
+  adapters = lora.init(jax.random.key(0), params, paths, 2)
+  keys = jax.random.split(jax.random.key(1), 3)
+  attached = dict(flatten_dict(lora.attach(params, adapters, 1.0, keys, 0.5), sep='/'))
+  shapes = {path: attached[f'{path}/kernel'].dropout_key.shape for path in paths}
+  assert shapes.pop('layers/attn/o_proj')[1:] == (3,)
+  assert {len(shape) for shape in shapes.values()} == {1}
