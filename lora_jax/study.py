@@ -35,10 +35,13 @@ from lora_jax.grid import Trainer
 from lora_jax.hub.bases import Base
 from lora_jax.presets import EQUAL_RANK, Settings
 from lora_jax.programs import Programs
-from lora_jax.records import Cell, RunDirectory, versions
+from lora_jax.records import Cell, RunDirectory, read_json, versions, write_json
 from lora_jax.tracking import Log, json_lines
 from lora_jax.train import DivergedError, Outcome, TrainJob, Wave
 from lora_jax.transformer import Transformer
+
+# Beside an adapter that is trained and not yet scored: how it came about.
+_TRAINED = '.trained'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +169,8 @@ class Study:
 
   def _train_and_score(self, cells: Sequence['_GridCell'], shape: BatchShape) -> None:
     """Runs cells of one shape of batches; records are written as soon as a wave is scored."""
+    # A run that was stopped while it scored has adapters that are not to be trained again.
+    cells = [cell for cell in cells if not self._score_trained(cell)]
     datasets = '+'.join(dict.fromkeys(cell.cell.dataset for cell in cells))
     with contextlib.ExitStack() as files:
       jobs = [self._job(cell, files) for cell in cells]
@@ -178,8 +183,7 @@ class Study:
             record = self._provenance(cell.rows.task, cell.rows)
             self._run.write_cell(cell.cell, {**record, 'status': 'diverged', 'why': str(outcome)})
           else:
-            file = self._run.cell_file(cell.cell)
-            checkpoint.save(file.with_suffix('.adapter'), outcome.adapters)
+            self._keep_trained(cell, outcome)
             trained.setdefault(cell.cell.dataset, {})[place] = (cell, outcome)
         for of_dataset in trained.values():
           self._score_wave(wave, of_dataset)
@@ -199,11 +203,45 @@ class Study:
       what=f'score {what}',
     )
     for (cell, outcome), own in zip(trained.values(), scores, strict=True):
-      record = self._provenance(rows.task, rows)
-      plan = lora_family.plan(self._settings.lora, outcome.adapters)
-      record['lora'] = dataclasses.asdict(lora.summarise(outcome.adapters, plan.ranks))
-      record['train'] = outcome.record()
-      self._write_scores(cell.cell, cell.label, record, own)
+      self._write_trained(cell, outcome.adapters, outcome.record(), own)
+
+  def _write_trained(
+    self, cell: '_GridCell', adapters: Any, how: Mapping[str, Any], scores: Scores
+  ) -> None:
+    record = self._provenance(cell.rows.task, cell.rows)
+    plan = lora_family.plan(self._settings.lora, adapters)
+    record['lora'] = dataclasses.asdict(lora.summarise(adapters, plan.ranks))
+    record['train'] = how
+    self._write_scores(cell.cell, cell.label, record, scores)
+    self._run.cell_file(cell.cell).with_suffix(_TRAINED).unlink(missing_ok=True)
+
+  def _keep_trained(self, cell: '_GridCell', outcome: Outcome) -> None:
+    """Puts an adapter on disk, and how it came about, until its record says so."""
+    file = self._run.cell_file(cell.cell)
+    checkpoint.save(file.with_suffix('.adapter'), outcome.adapters)
+    held = {'provenance': self._made_from(cell.rows.task), 'train': outcome.record()}
+    write_json(file.with_suffix(_TRAINED), held)
+
+  def _score_trained(self, cell: '_GridCell') -> bool:
+    """Scores a cell whose adapter an earlier run has left; False where there is none."""
+    file = self._run.cell_file(cell.cell)
+    try:
+      held = read_json(file.with_suffix(_TRAINED))
+      adapters = checkpoint.load(file.with_suffix('.adapter'))
+    except UserError:
+      return False
+    if held['provenance'] != self._made_from(cell.rows.task):
+      return False
+    scales = lora_family.plan(self._settings.lora, adapters).scales()
+    scores = score_task(
+      self._model,
+      lora.attach(self._params, adapters, scales),
+      cell.rows.questions,
+      self._settings.eval.batch_rows,
+      what=f'score {cell.label}',
+    )
+    self._write_trained(cell, adapters, held['train'], scores)
+    return True
 
   def _job(self, cell: '_GridCell', files: contextlib.ExitStack) -> TrainJob:
     """What the trainer needs of a cell; its file of metrics is opened once there are some."""

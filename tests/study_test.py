@@ -1,0 +1,57 @@
+import dataclasses
+import json
+
+import pytest
+
+from lora_jax.data import sources, tasks
+from lora_jax.hub import bases
+from lora_jax.presets import PRESETS
+from lora_jax.records import RunDirectory
+from lora_jax.study import Grid, Study
+
+SMOKE = PRESETS['smoke']
+SETTINGS = dataclasses.replace(
+  SMOKE,
+  train=dataclasses.replace(
+    SMOKE.train, steps=2, tokens_per_batch=512, max_length=256, dtype='float32'
+  ),
+  eval=dataclasses.replace(SMOKE.eval, test_rows=2),
+  latency_turns=1,
+)
+GRID = Grid(tasks.by_names(['medmcqa']), ('o_proj', 'fc2'), (0,))
+
+
+def run(out, cache):
+  source = sources.Synthetic(seed=0, train=64, test=2)
+  directory = RunDirectory(out)
+  directory.lock()
+  Study(SETTINGS, bases.load('tiny'), source, directory, cache, cells=2).run(GRID)
+
+
+def records(out):
+  files = sorted((out / 'cells').glob('*.json'))
+  return {file.name: json.loads(file.read_text()) for file in files}
+
+
+def test_what_was_trained_before_an_interruption_is_not_trained_again(tmp_path, monkeypatch):
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  run(whole, tmp_path / 'cache')
+
+  def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr('lora_jax.study.score_pack', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      run(stopped, tmp_path / 'cache')
+  assert [*records(stopped)] == ['medmcqa-base.json']
+  with monkeypatch.context() as patch:
+    patch.setattr('lora_jax.grid.train_wave', interrupted)
+    run(stopped, tmp_path / 'cache')
+  one, other = records(whole), records(stopped)
+  assert one.keys() == other.keys()
+  for name, record in one.items():
+    assert record['status'] == other[name]['status'] == 'done'
+    assert record['scores']['rows'] == other[name]['scores']['rows']
+    assert record.get('train', {}).get('losses') == other[name].get('train', {}).get('losses')
+  assert not [*(stopped / 'cells').glob('*.trained')]
