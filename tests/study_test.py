@@ -13,7 +13,7 @@ SMOKE = PRESETS['smoke']
 SETTINGS = dataclasses.replace(
   SMOKE,
   train=dataclasses.replace(
-    SMOKE.train, steps=2, tokens_per_batch=512, max_length=256, dtype='float32'
+    SMOKE.train, steps=2, tokens_per_batch=1024, max_length=1024, dtype='float32'
   ),
   eval=dataclasses.replace(SMOKE.eval, test_rows=2),
   latency_turns=1,
