@@ -4,21 +4,20 @@ Adapters stay unmerged: `params` may hold `LoraKernel` leaves.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from lora_jax import packs
+from lora_jax import choices, packs
 from lora_jax.data.task import Example, Task
 from lora_jax.errors import UserError
-from lora_jax.generate import generate, generate_pack, read_prompts
+from lora_jax.generate import generate, generate_pack
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.progress import Progress
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer
 
 # Padded prompt lengths are multiples of these, the finer one up to twice itself, so that
 # a whole test split compiles a handful of programs.
@@ -87,20 +86,27 @@ def score_task(
     model: the Transformer.
     params: its parameters, adapters attached or not.
     questions: the test rows.
-    batch_rows: prompts that run together, where there are so many.
+    batch_rows: prompts that run together, where there are so many; where prompts are only
+      read, and so packed, as many tokens as so many of the longest.
     what: name of the work for the progress display.
 
   Raises:
     UserError: a choice is not one token of this base.
   """
+  if questions.task.choices is not None:
 
-  def predict(tokens, lengths):
-    if questions.task.choices is not None:
-      return next_log_probs(model, params, tokens, lengths)[None]
-    eos_id = questions.tokenizer.eos_id
-    return generate(model, params, tokens, lengths, questions.max_new_tokens, eos_id)[None]
+    def likelihoods(fitting: Transformer, batch: choices.PromptBatch) -> jax.Array:
+      return choices.next_log_probs(fitting, params, batch.arrays, batch.ends_E)[None]
 
-  return _score(predict, 1, questions, batch_rows, what)[0]
+    answers = _read(model, likelihoods, questions, batch_rows)
+  else:
+
+    def continued(tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+      eos_id, most = questions.tokenizer.eos_id, questions.max_new_tokens
+      return generate(model, params, tokens, lengths, most, eos_id)[None]
+
+    answers = _generated(continued, questions, batch_rows)
+  return _score(answers, 1, questions, what)[0]
 
 
 def score_pack(
@@ -123,34 +129,57 @@ def score_pack(
     batch_rows: prompts that run together, those of all cells counted.
     what: name of the work for the progress display.
   """
+  batch_rows = max(1, batch_rows // pack.cells)
+  if questions.task.choices is not None:
 
-  def predict(tokens, lengths):
-    if questions.task.choices is not None:
-      return next_log_probs_pack(model, base, pack, tokens, lengths)
-    eos_id = questions.tokenizer.eos_id
-    most = questions.max_new_tokens
-    return generate_pack(model, base, pack, tokens, lengths, most, eos_id)
+    def likelihoods(fitting: Transformer, batch: choices.PromptBatch) -> jax.Array:
+      return choices.next_log_probs_pack(fitting, base, pack, batch.arrays, batch.ends_E)
 
-  return _score(predict, cells, questions, max(1, batch_rows // pack.cells), what)
+    answers = _read(model, likelihoods, questions, batch_rows)
+  else:
+
+    def continued(tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+      eos_id, most = questions.tokenizer.eos_id, questions.max_new_tokens
+      return generate_pack(model, base, pack, tokens, lengths, most, eos_id)
+
+    answers = _generated(continued, questions, batch_rows)
+  return _score(answers, cells, questions, what)
 
 
-# tokens (B, T), lengths (B,) -> generated tokens (C, B, T), or log probabilities (C, B, V)
-_Predict = Callable[[np.ndarray, np.ndarray], jax.Array]
+# Numbers of some prompts (P of them), and what was found for each: generated tokens (C, P, T),
+# or log probabilities of the next token (C, P, V). P may go on with what is of no prompt.
+_Answers = Iterator[tuple[Sequence[int], np.ndarray]]
 
 
-def _score(
-  predict: _Predict, cells: int, questions: Questions, batch_rows: int, what: str
-) -> list[Scores]:
-  start = time.perf_counter()
+def _read(
+  model: Transformer,
+  likelihoods: Callable[[Transformer, choices.PromptBatch], jax.Array],
+  questions: Questions,
+  batch_rows: int,
+) -> _Answers:
+  packed = choices.pack_prompts(questions.prompts, batch_rows)
+  fitting = packed.fit(model)
+  for batch in packed.batches:
+    yield batch.prompts, np.asarray(likelihoods(fitting, batch))
+
+
+def _generated(
+  continued: Callable[[np.ndarray, np.ndarray], jax.Array], questions: Questions, batch_rows: int
+) -> _Answers:
   prompts = questions.prompts
   # Rows of like length share a batch, so that little of it is padding.
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch_rows = min(batch_rows, len(prompts))
+  for at in range(0, len(order), batch_rows):
+    chosen = order[at : at + batch_rows]
+    yield chosen, np.asarray(continued(*pad_prompts([prompts[i] for i in chosen], batch_rows)))
+
+
+def _score(answers: _Answers, cells: int, questions: Questions, what: str) -> list[Scores]:
+  start = time.perf_counter()
   sheets = [_Sheet(questions) for _ in range(cells)]
-  with Progress(what, len(prompts), unit='row') as progress:
-    for at in range(0, len(order), batch_rows):
-      chosen = order[at : at + batch_rows]
-      found = np.asarray(predict(*pad_prompts([prompts[i] for i in chosen], batch_rows)))
+  with Progress(what, len(questions.prompts), unit='row') as progress:
+    for chosen, found in answers:
       for sheet, of_cell in zip(sheets, found, strict=False):
         for i, of_row in zip(chosen, of_cell, strict=False):
           sheet.read(i, of_row)
@@ -208,34 +237,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray
     tokens[row, : len(prompt)] = prompt
     lengths[row] = len(prompt)
   return tokens, lengths
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def next_log_probs(
-  model: Transformer, params: Mapping[str, Any], prompts_BT: jax.Array, lengths_B: jax.Array
-) -> jax.Array:
-  """Log probabilities (B, V) of the token after each prompt."""
-  return _next_log_probs(model, params, head_kernel(model, params), 1, prompts_BT, lengths_B)
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def next_log_probs_pack(
-  model: Transformer,
-  base: Mapping[str, Any],
-  pack: packs.Pack,
-  prompts_BT: jax.Array,
-  lengths_B: jax.Array,
-) -> jax.Array:
-  """As `next_log_probs`, for all cells of a pack: (C, B, V)."""
-  attached, axes = pack.attach(base)
-  head = head_kernel(model, base)
-  one = lambda params: _next_log_probs(model, params, head, pack.cells, prompts_BT, lengths_B)
-  return jax.vmap(one, in_axes=(axes,))(attached)
-
-
-def _next_log_probs(model, params, head, cells, prompts_BT, lengths_B):
-  hidden_BD, _ = read_prompts(model, params, prompts_BT, lengths_B, cells)
-  return jax.nn.log_softmax(logits(model, hidden_BD, head))
 
 
 def _choice_ids(task: Task, example: Example, tokenizer: ChatTokenizer) -> list[int]:

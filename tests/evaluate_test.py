@@ -71,8 +71,8 @@ def test_few_rows_are_not_filled_up_to_a_whole_batch(monkeypatch):
   pad = lambda prompts, rows: shapes.append(rows) or pad_prompts(prompts, rows)
   pad_prompts = evaluate.pad_prompts
   monkeypatch.setattr(evaluate, 'pad_prompts', pad)
-  run(CHOOSE, examples(2))
-  run(CHOOSE, examples(BATCH_ROWS + 2))
+  run(WRITE, examples(2))
+  run(WRITE, examples(BATCH_ROWS + 2))
   assert shapes == [2, BATCH_ROWS, BATCH_ROWS]
 
 

@@ -10,8 +10,8 @@ import pytest
 import tiny_model
 
 from lora_jax import lora
+from lora_jax.choices import next_log_probs, pack_prompts
 from lora_jax.config import RopeScaling
-from lora_jax.evaluate import next_log_probs
 from lora_jax.generate import generate
 from lora_jax.step import batch_loss
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, init_params, logits
@@ -156,8 +156,10 @@ def test_logits_are_capped_wherever_they_are_made(tied):
   np.testing.assert_allclose(logits(model, hidden_BTD, head), expected_BTV, atol=1e-5)
 
   log_probs_BTV = jax.nn.log_softmax(expected_BTV)
-  lengths = jnp.asarray([9, 4])
-  ours_BV = next_log_probs(model, params, tokens_BT, lengths)
+  prompts = [tokens_BT[0].tolist(), tokens_BT[1, :4].tolist()]
+  (read,) = pack_prompts(prompts, batch_rows=2).batches
+  ours_BV = next_log_probs(model, params, read.arrays, read.ends_E)
+  ours_BV = ours_BV[np.argsort(read.prompts)]
   np.testing.assert_allclose(ours_BV[0], log_probs_BTV[0, 8], atol=1e-5)
   np.testing.assert_allclose(ours_BV[1], log_probs_BTV[1, 3], atol=1e-5)
 

@@ -145,7 +145,7 @@ def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
 
 def _cost(rows: Sequence[Encoded], shape: BatchShape) -> float:
   """Of a real token, in those of a position without attention."""
-  positions = shape.length * len(_groups(rows, shape))
+  positions = shape.length * len(groups(rows, shape))
   return (1 + shape.length / _EVEN_LENGTH) * positions / sum(len(row) for row in rows)
 
 
@@ -163,7 +163,7 @@ def training_batches(rows: Sequence[Encoded], shape: BatchShape, seed: int) -> I
 
   def batch(number: int) -> Batch:
     first = number * shape.rows
-    return _filled(rows, [epochs[i] for i in range(first, first + shape.rows)], shape)
+    return filled(rows, [epochs[i] for i in range(first, first + shape.rows)], shape)
 
   # One thread: `Epochs` is not for several.
   ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
@@ -176,18 +176,18 @@ def evaluation_batches(rows: Sequence[Encoded], shape: BatchShape) -> list[Batch
   Raises:
     ValueError: a row does not go into the shape.
   """
-  groups = _groups(rows, shape)
-  starts = range(0, len(groups), shape.rows)
-  return [_filled(rows, groups[start : start + shape.rows], shape) for start in starts]
+  packed = groups(rows, shape)
+  starts = range(0, len(packed), shape.rows)
+  return [filled(rows, packed[start : start + shape.rows], shape) for start in starts]
 
 
 def batches_per_epoch(rows: Sequence[Encoded], shape: BatchShape) -> int:
   """How many batches all rows fill once."""
-  return math.ceil(len(_groups(rows, shape)) / shape.rows)
+  return math.ceil(len(groups(rows, shape)) / shape.rows)
 
 
-def _groups(rows: Sequence[Encoded], shape: BatchShape) -> list[Group]:
-  """One epoch's packed rows; how many they are hardly depends on the seed."""
+def groups(rows: Sequence[Encoded], shape: BatchShape) -> list[Group]:
+  """Which rows share a row of the batch: one epoch, of which all others differ by chance alone."""
   return plan(_sizes(rows, shape), _room(shape), seed=0)
 
 
@@ -207,8 +207,8 @@ def _sizes(rows: Sequence[Encoded], shape: BatchShape) -> list[int]:
   return [len(row) - shared for row in rows]
 
 
-def _filled(rows: Sequence[Encoded], groups: Sequence[Group], shape: BatchShape) -> Batch:
-  """The batch that holds these groups, a row each; rows without a group are padding."""
+def filled(rows: Sequence[Encoded], groups: Sequence[Group], shape: BatchShape) -> Batch:
+  """The batch that holds these groups, a row of it each; rows without a group are padding."""
   zeros = lambda dtype: np.zeros((shape.rows, shape.length), dtype)
   batch = {name: zeros(np.int32) for name in ('tokens', 'targets', 'positions', 'segments')}
   batch['weights'] = zeros(np.float32)
