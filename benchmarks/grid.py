@@ -11,12 +11,13 @@ once and goes through the configurations with `get_peft_model` and `unload`. Eac
 run; the faster by total time is the one to beat.
 
 Equal on both sides: weights, target modules, rank, alpha, learning rates, the rows to train
-on and how many of them each configuration sees, the test rows and their
-prompts, rows of a scoring batch and their order by length, how predictions come about (the
-likeliest choice from logits of the last position alone; greedy generation with a cache),
-the score. The base is scored too. Different: batches (ours packed; PEFT 8 rows padded to
-their longest), the schedule (PEFT's rate is constant), gradient clipping and the evaluation
-loss on rows kept out (ours only). So scores agree within noise and no better.
+on and how many of them each configuration sees, the test rows and their prompts, how
+predictions come about (the likeliest choice from logits of the last position alone; greedy
+generation with a cache), the score. The base is scored too. Different: batches (to train on
+ours are packed and PEFT's 8 rows padded to their longest; to score, ours are packed where
+prompts are only read, and else both sides' prompts are ordered by length and padded), the
+schedule (PEFT's rate is constant) and gradient clipping (ours only). So scores agree within
+noise and no better.
 """
 
 import dataclasses
@@ -103,7 +104,8 @@ def run_ours(options: Options, python: str = sys.executable) -> Grid:
       f'--lr={_LEARNING_RATE}',
       f'--lr_ratio={_LR_RATIO}',
       f'--steps={options.steps}',
-      f'--eval_every={options.steps}',
+      # PEFT's loop keeps no rows out either.
+      '--eval_rows=0',
       f'--tokens_per_batch={options.tokens_per_batch}',
       f'--max_length={options.max_length}',
       f'--train_rows={options.train_rows}',

@@ -35,6 +35,7 @@ _CHANGES = {
   'positions': ('train', 'positions'),
   'max_length': ('train', 'max_length'),
   'train_rows': ('train', 'train_rows'),
+  'eval_rows': ('train', 'eval_rows'),
   'eval_every': ('train', 'eval_every'),
   'patience': ('train', 'patience'),
   'test_rows': ('eval', 'test_rows'),
@@ -44,7 +45,7 @@ _CHANGES = {
   'keep_best': ('train', 'keep_best'),
 }
 ALL_CHANGES = tuple(_CHANGES)
-_AT_LEAST_ZERO = ('train_rows', 'test_rows', 'patience', 'positions')
+_AT_LEAST_ZERO = ('train_rows', 'eval_rows', 'test_rows', 'patience', 'positions')
 _LEAST_LENGTH = 64
 
 
@@ -101,6 +102,8 @@ def changed(settings: Settings) -> Settings:
     raise UserError(
       f'--max_length={settings.train.max_length}: give at least {_LEAST_LENGTH} tokens'
     )
+  if given('eval_rows') == 0 and (settings.train.patience or settings.train.keep_best):
+    raise UserError('--eval_rows=0 leaves no rows for --patience and --keep_best to watch')
   changes = {'dtype': dtype(), 'quantize': given('quantize') or settings.train.quantize}
   return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 

@@ -171,6 +171,7 @@ def test_other_settings_in_the_same_directory_are_refused(finished):
     (['--init=olora'], ['olora', 'pissa']),
     (['--targets=qkv_proj,q_proj'], ['q_proj twice']),
     (['--lr=nan'], ['--lr=nan']),
+    (['--eval_rows=0', '--patience=2'], ['--eval_rows=0', '--patience']),
     (['--seeds=one'], ['--seeds=one']),
     (['--seeds=4294967296'], ['--seeds=4294967296']),
     (['--out=/dev/null/x'], ['/dev/null/x']),
