@@ -10,7 +10,7 @@ import contextlib
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from lora_jax.errors import UserError, one_line
 
@@ -20,6 +20,9 @@ _GIVE = 'give PNG, JPEG, WebP, GIF, BMP, TIFF or PPM'
 
 # More are not unpacked: no photograph or scan has them, and a few bytes can claim to.
 MOST_PIXELS = 2**26
+
+# How a camera was held, and the ways in which width and height change places.
+_ORIENTATION, _TURNED = ExifTags.Base.Orientation, range(5, 9)
 
 
 def decode(data: bytes | None, where: str) -> Image.Image:
@@ -33,6 +36,35 @@ def decode(data: bytes | None, where: str) -> Image.Image:
     UserError: there is none, it is of no kind that is read, damaged, cut short, empty, or
       larger than `MOST_PIXELS`.
   """
+  image = _opened(data, where)
+  try:
+    image.load()
+    return _rgb(_upright(image))
+  except Exception as error:
+    raise UserError(
+      f'{where}: its image is damaged or cut short ({one_line(error)}); copy it again, or leave '
+      'the row out'
+    ) from error
+
+
+def size(data: bytes | None, where: str) -> tuple[int, int]:
+  """Width and height as `decode` would have them, by the image's head alone: it may be cut short.
+
+  Raises:
+    UserError: as `decode`, but for damage past the head.
+  """
+  image = _opened(data, where)
+  width, height = image.size
+  # Pillow gives a TIFF's size as it will be turned. A PNG's own `getexif` would decode it.
+  if image.format != 'TIFF':
+    with contextlib.suppress(Exception):
+      if Image.Image.getexif(image).get(_ORIENTATION) in _TURNED:
+        return height, width
+  return width, height
+
+
+def _opened(data: bytes | None, where: str) -> Image.Image:
+  """An image whose head was read."""
   if not data:
     raise UserError(f'{where}: has no image; give one, or leave the row out')
   try:
@@ -54,14 +86,7 @@ def decode(data: bytes | None, where: str) -> Image.Image:
     raise UserError(
       f'{where}: its image is {width} x {height}, more than {MOST_PIXELS:,} pixels; scale it down'
     )
-  try:
-    image.load()
-    return _rgb(_upright(image))
-  except Exception as error:
-    raise UserError(
-      f'{where}: its image is damaged or cut short ({one_line(error)}); copy it again, or leave '
-      'the row out'
-    ) from error
+  return image
 
 
 def _upright(image: Image.Image) -> Image.Image:

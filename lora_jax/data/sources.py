@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
+from lora_jax.data import images
 from lora_jax.data.canonical import Hub as Hub
 from lora_jax.data.rows import check_row, parse_line
 from lora_jax.data.task import Task
@@ -107,7 +108,7 @@ class Directory:
   kind: ClassVar[str] = 'directory'
 
   def check(self, task: Task) -> None:
-    """Reads and checks every row (images: only that the file exists).
+    """Reads and checks every row (images: the head of each; all of it is read when it is seen).
 
     Raises:
       UserError: a missing directory, folder, file, field or image; a row that is not
@@ -197,7 +198,10 @@ class Directory:
         raise UserError(f'{where}: field {field!r} names {name}, which is not under {folder}')
       if not path.is_file():
         raise UserError(f'{where}: field {field!r} names {path}, which is not there')
-      record[field] = path.read_bytes() if load else b''
+      data = path.read_bytes()
+      if not load:
+        images.size(data, where)
+      record[field] = data if load else b''
     return record
 
 
