@@ -9,66 +9,13 @@ import numpy as np
 import pytest
 import tiny_vlm
 from flax.traverse_util import flatten_dict
+from tiny_vlm import PROCESSOR, SETTINGS, write
 
 from lora_jax import lora, lora_family
 from lora_jax.config import ImageConfig, LoraConfig
 from lora_jax.errors import UserError
 from lora_jax.hub import adapters, bases, huggingface, image_processor, peft
 from lora_jax.hub.hf_names import name_of, path_of
-
-SETTINGS = {
-  'architectures': ['SmolVLMForConditionalGeneration'],
-  'model_type': 'smolvlm',
-  'image_token_id': tiny_vlm.IMAGE_TOKEN,
-  'scale_factor': 2,
-  'tie_word_embeddings': True,
-  'text_config': {
-    'architectures': ['VLlama3ForCausalLM'],
-    'model_type': 'llama',
-    'vocab_size': tiny_vlm.VOCAB,
-    'hidden_size': 24,
-    'intermediate_size': 40,
-    'num_hidden_layers': 3,
-    'num_attention_heads': 6,
-    'num_key_value_heads': 2,
-    'head_dim': 8,
-    'max_position_embeddings': 512,
-    'rms_norm_eps': 1e-5,
-    'rope_theta': 500.0,
-    'qk_layer_norms': False,
-  },
-  'vision_config': {
-    'hidden_size': 24,
-    'intermediate_size': 36,
-    'num_hidden_layers': 2,
-    'num_attention_heads': 3,
-    'image_size': 28,
-    'patch_size': 7,
-  },
-}
-PROCESSOR = {
-  'image_processor_type': 'SmolVLMImageProcessor',
-  'do_image_splitting': True,
-  'do_resize': True,
-  'image_mean': [0.5, 0.5, 0.5],
-  'image_std': [0.5, 0.5, 0.5],
-  'max_image_size': {'longest_edge': 28},
-  'resample': 1,
-  'rescale_factor': 0.00392156862745098,
-  'size': {'longest_edge': 56},
-}
-
-
-def write(directory):
-  """A whole checkpoint of the tiny model."""
-  like = directory / 'like'
-  like.mkdir(parents=True)
-  (like / 'config.json').write_text(json.dumps(SETTINGS))
-  (like / 'preprocessor_config.json').write_text(json.dumps(PROCESSOR))
-  (like / 'processor_config.json').write_text(json.dumps({'image_seq_len': 4}))
-  tiny_vlm.write_tokenizer(like)
-  huggingface.save(directory / 'base', tiny_vlm.CONFIG, tiny_vlm.params(), like)
-  return directory / 'base'
 
 
 def change(file, **changes):

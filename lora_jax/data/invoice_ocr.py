@@ -1,8 +1,9 @@
 """Invoice OCR (mychen76/invoices-and-receipts_ocr_v1): the fields of a receipt as JSON.
 
-Posed on the words that an OCR engine read; a row's image is optional until the base
-can see. In the published rows the JSON inside `parsed_data` and `raw_data` is in
-places a Python literal; both forms are accepted, by parsing and never by evaluation.
+Posed on the words that an OCR engine read, or to a base that sees on the image, without
+them; otherwise a row's image is optional. In the published rows the JSON inside
+`parsed_data` and `raw_data` is in places a Python literal; both forms are accepted, by
+parsing and never by evaluation.
 """
 
 import ast
@@ -13,6 +14,9 @@ from lora_jax.data import synthetic_receipts
 from lora_jax.data.json_score import compact, leaf_f1, leaves, parse_object, tree_similarity
 from lora_jax.data.task import Example, Prompt, Task
 from lora_jax.errors import UserError
+
+_HOW = 'Copy the values as printed. Answer with the JSON object only.'
+_EXACT = 'A field counts when its text is exactly equal.'
 
 
 def _bad_field(example: Example, field: str, what: str) -> UserError:
@@ -79,17 +83,29 @@ def key_paths(gold: dict[str, Any]) -> list[str]:
   return list(dict.fromkeys(path for path, _ in leaves(gold)))
 
 
-def _prompt(example: Example) -> Prompt:
+def _form(example: Example) -> str:
+  """What is asked for; the same whatever it is asked of."""
   gold = fields(example)
   nested = any(isinstance(value, dict | list) for value in gold.values())
   keys = ', '.join(key_paths(gold))
   form = f'one JSON object with the {"fields" if nested else "keys"} {keys}'
   if nested:
     form += ' (a dot goes into an object, [] is a list)'
+  return form
+
+
+def _prompt(example: Example) -> Prompt:
   return Prompt(
-    before=f'Below are the words read from a receipt. Extract {form}.\n\nWords:\n',
+    before=f'Below are the words read from a receipt. Extract {_form(example)}.\n\nWords:\n',
     document='\n'.join(words(example)),
-    after='\n\nCopy the values as printed. Answer with the JSON object only.',
+    after=f'\n\n{_HOW}',
+  )
+
+
+def _by_image(example: Example) -> Prompt:
+  return Prompt(
+    before=f'The image shows a receipt. Extract {_form(example)}. {_HOW}',
+    images=(example['image'],),
   )
 
 
@@ -120,8 +136,7 @@ TASK = Task(
   headline='entity_f1',
   synthetic=synthetic_receipts.rows,
   max_new_tokens=160,
-  note=(
-    'Runs on the OCR words of each receipt, without its image. A field counts when its text is '
-    'exactly equal.'
-  ),
+  note=f'Runs on the OCR words of each receipt, without its image. {_EXACT}',
+  by_image=_by_image,
+  note_by_image=f'Posed by image, without the OCR words. {_EXACT}',
 )

@@ -4,6 +4,7 @@ Canonical fields: id, image, conversations ([{from: human|gpt, value}]); the fir
 human turn is the question and the gpt turn after it the completion.
 """
 
+import dataclasses
 import re
 
 from lora_jax.data import synthetic_puzzles
@@ -33,6 +34,10 @@ def _prompt(example: Example) -> Prompt:
     '</REASONING> <CONCLUSION> the answer alone </CONCLUSION>.\n\n',
     after=_turn(example, 'human'),
   )
+
+
+def _by_image(example: Example) -> Prompt:
+  return dataclasses.replace(_prompt(example), images=(example['image'],))
 
 
 def _target(example: Example) -> str:
@@ -74,6 +79,8 @@ def _score(prediction: str, example: Example) -> dict[str, float]:
   }
 
 
+_NOTE = 'Accuracy is that of the conclusion; well_formed is the rate of answers in four tags.'
+
 TASK = Task(
   name='llava_cot',
   title='LLaVA-CoT',
@@ -87,5 +94,7 @@ TASK = Task(
   synthetic=synthetic_puzzles.rows,
   max_new_tokens=320,
   needs_vision=True,
-  note='Accuracy is that of the conclusion; well_formed is the rate of answers in four tags.',
+  note=_NOTE,
+  by_image=_by_image,
+  note_by_image=f'Posed by image. {_NOTE}',
 )

@@ -22,6 +22,8 @@ class Prompt:
     document: the long part; may be empty.
     after: text that comes last and is always kept.
     system: the system turn, or None for the chat template's own default.
+    images: encoded images that are shown before the text; always kept whole. None in the
+      place of one: the row misses it.
     history: turns before this one, each with 'role' and 'content'; always kept.
   """
 
@@ -29,6 +31,7 @@ class Prompt:
   document: str = ''
   after: str = ''
   system: str | None = None
+  images: tuple[bytes | None, ...] = ()
   history: tuple[Mapping[str, str], ...] = ()
 
   def text(self, document_chars: int | None = None) -> str:
@@ -59,6 +62,9 @@ class Task:
       generated. The most likely string is the prediction given to `score`.
     needs_vision: the task cannot be posed without its image.
     note: a sentence for the report about how the task is posed here, or ''.
+    by_image: example -> `Prompt` with its images, for a base that sees; None: what a base
+      sees makes no difference to the task.
+    note_by_image: in the place of `note` then.
   """
 
   name: str
@@ -75,3 +81,14 @@ class Task:
   choices: Callable[[Example], tuple[str, ...]] | None = None
   needs_vision: bool = False
   note: str = ''
+  by_image: Callable[[Example], Prompt] | None = None
+  note_by_image: str = ''
+
+  def posed(self, sees: bool) -> 'Task | None':
+    """The task as a base is asked it, or None where it cannot be: it needs an image to be seen.
+
+    Rows come from the task itself, so that all bases have the same.
+    """
+    if sees and self.by_image is not None:
+      return dataclasses.replace(self, prompt=self.by_image, note=self.note_by_image)
+    return None if self.needs_vision else self
