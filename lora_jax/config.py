@@ -17,6 +17,9 @@ CACHE = '~/.cache/lora_jax'
 # What the weights of a merged checkpoint may be.
 CHECKPOINT_DTYPES = ('bfloat16', 'float16', 'float32')
 
+# The longest side that an image is scaled to; the reference goes no further.
+LONGEST_EDGE = 4096
+
 # How predictions of a user's own rows may be compared; see `lora_jax.data.own_task`.
 METRICS = ('exact_match', 'choice', 'rouge', 'json_fields', 'numeric')
 
@@ -301,6 +304,31 @@ class TrainConfig:
   dtype: str = 'bfloat16'
   remat: bool = False
   quantize: str = 'none'
+
+
+@dataclasses.dataclass(frozen=True)
+class SightConfig:
+  """How a base that sees is shown images.
+
+  Attributes:
+    image_edge: what an image's longer side is scaled to, in pixels, which decides into how
+      many tiles it is cut; 0: what the base was made for.
+    blank_images: show a grey image of the same size in the place of each, so that what is
+      learned is learned without sight.
+
+  Raises:
+    UserError: an edge that no image can have.
+  """
+
+  image_edge: int = 0
+  blank_images: bool = False
+
+  def __post_init__(self):
+    if not 0 <= self.image_edge <= LONGEST_EDGE:
+      raise UserError(
+        f'image_edge is {self.image_edge}; give pixels up to {LONGEST_EDGE}, or 0 for what the '
+        'base was made for'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_jax.config import ImageConfig, VisionConfig
+from lora_jax.config import LONGEST_EDGE, ImageConfig, VisionConfig
 from lora_jax.errors import UserError
 from lora_jax.hub.json_file import read_object
 
@@ -27,8 +27,6 @@ _DEFAULTS = {
   'rescale_factor': 1 / 255,
   **dict.fromkeys(('do_resize', 'do_rescale', 'do_normalize', 'do_convert_rgb', 'do_pad'), True),
 }
-# The reference scales no image beyond it.
-_LONGEST = 4096
 
 
 def image_config(directory: Path, vision: VisionConfig) -> ImageConfig:
@@ -91,8 +89,8 @@ class _Reader:
     if type(factor) is not float or not math.isclose(factor, 1 / 255, rel_tol=1e-9):
       self.refuse(f'rescale_factor {factor!r}', '1/255')
     longest = self.edge('size')
-    if longest > _LONGEST:
-      self.refuse(f'a longest edge of {longest}', f'at most {_LONGEST}')
+    if longest > LONGEST_EDGE:
+      self.refuse(f'a longest edge of {longest}', f'at most {LONGEST_EDGE}')
     if self.settings['resample'] not in range(6):
       self.refuse(f'resample {self.settings["resample"]!r}', 'a filter of Pillow, 0 to 5')
     if self.settings['do_image_splitting'] not in (True, False):
