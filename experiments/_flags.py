@@ -43,9 +43,13 @@ _CHANGES = {
   'max_new_tokens': ('eval', 'max_new_tokens'),
   'remat': ('train', 'remat'),
   'keep_best': ('train', 'keep_best'),
+  'image_edge': ('sight', 'image_edge'),
+  'blank_images': ('sight', 'blank_images'),
 }
 ALL_CHANGES = tuple(_CHANGES)
-_AT_LEAST_ZERO = ('train_rows', 'eval_rows', 'test_rows', 'patience', 'positions')
+_AT_LEAST_ZERO = (
+  'train_rows', 'eval_rows', 'test_rows', 'patience', 'positions', 'image_edge',
+)  # fmt: skip
 _LEAST_LENGTH = 64
 
 

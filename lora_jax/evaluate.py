@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import choices, packs
+from lora_jax.data.eyes import Eyes, Picture
+from lora_jax.data.features import FeatureFiles
 from lora_jax.data.task import Example, Task
 from lora_jax.errors import UserError
 from lora_jax.generate import generate, generate_pack
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.progress import Progress
 from lora_jax.transformer import Transformer
+from lora_jax.vision import Features
 
 # Padded prompt lengths are multiples of these, the finer one up to twice itself, so that
 # a whole test split compiles a handful of programs.
@@ -64,6 +68,9 @@ class Questions:
     prompts: token ids of each example's prompt, from `encode_prompt`.
     tokenizer: the base's.
     max_new_tokens: the longest prediction, its end included.
+    eyes: of the base, where prompts may hold images; predictions are then generated.
+    pictures: the images of each prompt then.
+    features: what the base's tower made of them.
   """
 
   task: Task
@@ -71,6 +78,29 @@ class Questions:
   prompts: Sequence[Sequence[int]]
   tokenizer: ChatTokenizer
   max_new_tokens: int
+  eyes: Eyes | None = None
+  pictures: Sequence[Sequence[Picture]] = ()
+  features: FeatureFiles | None = None
+
+  def __post_init__(self):
+    if self.task.choices is not None and any(self.pictures):
+      raise ValueError('choices are compared where prompts are text')
+
+  def seen(self, chosen: Sequence[int], tokens_BT: np.ndarray) -> Features | None:
+    """The features of some prompts, which are the first rows of `tokens_BT`.
+
+    There is room for the most embeddings of any prompt, so that all batches have one shape.
+    None where there are no images.
+    """
+    most = max((sum(one.embeddings for one in of_row) for of_row in self.pictures), default=0)
+    if not most or self.eyes is None or self.features is None:
+      return None
+    shape = (len(tokens_BT), most, self.features.width)
+    values_BED = np.zeros(shape, self.features.dtype)
+    for row, i in enumerate(chosen):
+      values_ED = self.features.of(self.pictures[i])
+      values_BED[row, : len(values_ED)] = values_ED
+    return Features(jnp.asarray(values_BED), jnp.asarray(self.eyes.slots(tokens_BT)))
 
 
 def score_task(
@@ -101,9 +131,9 @@ def score_task(
     answers = _read(model, likelihoods, questions, batch_rows)
   else:
 
-    def continued(tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+    def continued(tokens: np.ndarray, lengths: np.ndarray, features: Features | None):
       eos_id, most = questions.tokenizer.eos_id, questions.max_new_tokens
-      return generate(model, params, tokens, lengths, most, eos_id)[None]
+      return generate(model, params, tokens, lengths, most, eos_id, features)[None]
 
     answers = _generated(continued, questions, batch_rows)
   return _score(answers, 1, questions, what)[0]
@@ -138,9 +168,9 @@ def score_pack(
     answers = _read(model, likelihoods, questions, batch_rows)
   else:
 
-    def continued(tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+    def continued(tokens: np.ndarray, lengths: np.ndarray, features: Features | None):
       eos_id, most = questions.tokenizer.eos_id, questions.max_new_tokens
-      return generate_pack(model, base, pack, tokens, lengths, most, eos_id)
+      return generate_pack(model, base, pack, tokens, lengths, most, eos_id, features)
 
     answers = _generated(continued, questions, batch_rows)
   return _score(answers, cells, questions, what)
@@ -164,7 +194,9 @@ def _read(
 
 
 def _generated(
-  continued: Callable[[np.ndarray, np.ndarray], jax.Array], questions: Questions, batch_rows: int
+  continued: Callable[[np.ndarray, np.ndarray, Features | None], jax.Array],
+  questions: Questions,
+  batch_rows: int,
 ) -> _Answers:
   prompts = questions.prompts
   # Rows of like length share a batch, so that little of it is padding.
@@ -172,7 +204,8 @@ def _generated(
   batch_rows = min(batch_rows, len(prompts))
   for at in range(0, len(order), batch_rows):
     chosen = order[at : at + batch_rows]
-    yield chosen, np.asarray(continued(*pad_prompts([prompts[i] for i in chosen], batch_rows)))
+    tokens, lengths = pad_prompts([prompts[i] for i in chosen], batch_rows)
+    yield chosen, np.asarray(continued(tokens, lengths, questions.seen(chosen, tokens)))
 
 
 def _score(answers: _Answers, cells: int, questions: Questions, what: str) -> list[Scores]:

@@ -16,6 +16,7 @@ from lora_jax.kernels import Kernel
 from lora_jax.packs import Pack
 from lora_jax.parts import part_rows
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
+from lora_jax.vision import Features
 
 Params = Mapping[str, Any]
 
@@ -24,7 +25,12 @@ _ForCells = Callable[..., Any]
 
 
 def read_prompts(
-  model: Transformer, params: Params, prompts_BT: jax.Array, lengths_B: jax.Array, cells: int = 1
+  model: Transformer,
+  params: Params,
+  prompts_BT: jax.Array,
+  lengths_B: jax.Array,
+  cells: int = 1,
+  features: Features | None = None,
 ) -> tuple[jax.Array, Any]:
   """Hidden states (B, D) of each prompt's last token, and `KeyValues` of all tokens.
 
@@ -34,18 +40,20 @@ def read_prompts(
     prompts_BT: token ids, padded on the right.
     lengths_B: true lengths.
     cells: how many calls of this run as one under `vmap`.
+    features: of the images in the prompts, if there are any.
   """
 
-  def read(prompts_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, Any]:
-    hidden_BTD, kv = model.apply({'params': params}, prompts_BT)
+  def read(prompts_BT: jax.Array, lengths_B: jax.Array, features: Features | None):
+    hidden_BTD, kv = model.apply({'params': params}, prompts_BT, features=features)
     last_B = jnp.maximum(lengths_B - 1, 0)
     return jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], kv
 
   batch, time = prompts_BT.shape
   together = part_rows(batch, time, cells)
   if together == batch:
-    return read(prompts_BT, lengths_B)
-  parts = (prompts_BT.reshape(-1, together, time), lengths_B.reshape(-1, together))
+    return read(prompts_BT, lengths_B, features)
+  parted = lambda x: x.reshape(-1, together, *x.shape[1:])
+  parts = jax.tree.map(parted, (prompts_BT, lengths_B, features))
   hidden, kv = jax.lax.map(lambda part: read(*part), parts)
   joined = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], batch, *x.shape[3:])
   return hidden.reshape(batch, -1), jax.tree.map(joined, kv)
@@ -59,6 +67,7 @@ def generate(
   lengths_B: jax.Array,
   max_new_tokens: int,
   eos_id: int,
+  features: Features | None = None,
 ) -> jax.Array:
   """Continues each prompt with its most likely tokens.
 
@@ -70,6 +79,7 @@ def generate(
       the batch and ends at once.
     max_new_tokens: tokens to generate at most.
     eos_id: the token that ends a row.
+    features: of the images in the prompts, if there are any.
 
   Returns:
     tokens_BT (T = `max_new_tokens`): the generated tokens; `eos_id` from a row's end
@@ -77,7 +87,8 @@ def generate(
   """
   for_cells = lambda f, *arrays: f(params, *arrays)
   head = head_kernel(model, params, prompts_BT.shape[0])
-  return _continue(model, for_cells, head, 1, prompts_BT, lengths_B, max_new_tokens, eos_id)
+  prompts = (prompts_BT, lengths_B, features)
+  return _continue(model, for_cells, head, 1, *prompts, max_new_tokens, eos_id)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens', 'eos_id'))
@@ -89,6 +100,7 @@ def generate_pack(
   lengths_B: jax.Array,
   max_new_tokens: int,
   eos_id: int,
+  features: Features | None = None,
 ) -> jax.Array:
   """As `generate`, for all cells of a pack at once: tokens_CBT."""
   attached, axes = pack.attach(base)
@@ -97,9 +109,8 @@ def generate_pack(
     return jax.vmap(f, in_axes=(axes, *[0] * len(arrays)))(attached, *arrays)
 
   head = head_kernel(model, base, pack.cells * prompts_BT.shape[0])
-  return _continue(
-    model, for_cells, head, pack.cells, prompts_BT, lengths_B, max_new_tokens, eos_id
-  )
+  prompts = (prompts_BT, lengths_B, features)
+  return _continue(model, for_cells, head, pack.cells, *prompts, max_new_tokens, eos_id)
 
 
 def _continue(
@@ -109,6 +120,7 @@ def _continue(
   cells: int,
   prompts_BT: jax.Array,
   lengths_B: jax.Array,
+  features: Features | None,
   max_new_tokens: int,
   eos_id: int,
 ) -> jax.Array:
@@ -123,7 +135,7 @@ def _continue(
     return jnp.argmax(logits(model, hidden_BD, head), axis=-1).astype(jnp.int32)
 
   def read(params):
-    hidden_BD, kv = read_prompts(model, params, prompts_BT, lengths_B, cells)
+    hidden_BD, kv = read_prompts(model, params, prompts_BT, lengths_B, cells, features)
     return next_token(hidden_BD), kv
 
   slots_T = jnp.arange(time)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax import lora_family, packs
 from lora_jax.config import TrainConfig
-from lora_jax.data.pipeline import Batch, BatchShape
+from lora_jax.data.pipeline import BatchShape, empty_batch
 from lora_jax.parts import CPU_POSITIONS
 from lora_jax.step import for_batches, make_evaluation, make_step, stack_batches
 from lora_jax.train import DivergedError, Outcome, TrainJob, Wave, prepare, train_wave
@@ -122,9 +122,7 @@ class Trainer:
     dropout = wave.jobs[0].lora.dropout
     key = (shape, dropout, jax.tree.structure(wave.states), *_avals(wave.states))
     if key not in self._steps:
-      zeros = np.zeros((shape.rows, shape.length), np.int32)
-      batch: Batch = {'weights': zeros.astype(np.float32)}
-      batch |= dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), zeros)
+      batch = empty_batch(shape, self._model.config.model_dim, self._model.dtype)
       batches, active_C = (
         stack_batches([batch] * wave.cells, self._config.positions),
         np.ones(wave.cells, bool),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lora_jax.config import EvalConfig, LoraConfig, OptimConfig, TrainConfig
+from lora_jax.config import EvalConfig, LoraConfig, OptimConfig, SightConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Settings:
     optim: hyperparameters, the same for every target set (the article's protocol).
     train: length of training.
     eval: how much is scored.
+    sight: how images are shown.
     latency_turns: how often each target set is timed.
   """
 
@@ -23,6 +24,7 @@ class Settings:
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  sight: SightConfig = dataclasses.field(default_factory=SightConfig)
   latency_turns: int = 10
 
 

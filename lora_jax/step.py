@@ -25,6 +25,7 @@ from lora_jax.optim import Hyper, optimizer
 from lora_jax.parts import part_rows
 from lora_jax.self_attention import SelfAttention
 from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.vision import Features
 
 Params = Mapping[str, Any]
 
@@ -98,7 +99,7 @@ def stack_batches(batches: Sequence[Batch], positions: int = 0) -> dict[str, Any
   """
   cells, (rows, length) = len(batches), batches[0]['tokens'].shape
   together = part_rows(rows, length, cells, positions)
-  parted = lambda x: x.reshape(cells, rows // together, together, length)
+  parted = lambda x: x.reshape(cells, rows // together, together, *x.shape[2:])
   whole = {name: parted(x) for name, x in packs.stack(list(batches)).items()}
   chunk, weights = _chunk(cells), whole['weights']
   in_use = [[chunks_in_use(part, chunk) for part in of_cell] for of_cell in weights]
@@ -117,8 +118,9 @@ def batch_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Sum of the losses of a batch's completion tokens, in nats, and how many there are."""
   params = lora.attach(base, adapters, scale, dropout_key, dropout_rate)
+  features = Features(batch['features'], batch['slots']) if 'features' in batch else None
   hidden_BTD, _ = model.apply(
-    {'params': params}, batch['tokens'], batch['positions'], batch['segments']
+    {'params': params}, batch['tokens'], batch['positions'], batch['segments'], features=features
   )
   # The head is no target, so the frozen parameters serve it. Its logits are rounded to the
   # model's dtype, as transformers' are: kept in float32 they cost a tenth of a step.
@@ -204,14 +206,21 @@ def make_evaluation(
 # The count of chunks is one for all cells, so that what it decides stays a branch.
 _BATCH_AXES = {
   **dict.fromkeys(('tokens', 'targets', 'weights', 'positions', 'segments'), 0),
+  **dict.fromkeys(('features', 'slots'), 0),
   'chunks': None,
 }
 
 
 def _over_cells(one: Callable, cells: int, axes: tuple) -> Callable:
   """Maps over C; where C is 1, takes the axis off and puts it on again."""
+
+  def mapped(*arguments):
+    # Not all batches hold all of them.
+    of = lambda axis, held: {name: axis[name] for name in held} if isinstance(axis, dict) else axis
+    return jax.vmap(one, tuple(map(of, axes, arguments)))(*arguments)
+
   if cells > 1:
-    return jax.vmap(one, in_axes=axes)
+    return mapped
 
   def alone(*arguments):
     def off(axis, argument):

@@ -18,24 +18,20 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import checkpoint, latency, lora, lora_family, quantize
-from lora_jax.data import builder
-from lora_jax.data.encode import budget, encode_prompt
-from lora_jax.data.pipeline import (
-  BatchShape,
-  batch_shape,
-  encode_split,
-  evaluation_batches,
-  training_batches,
-)
+from lora_jax.data.eyes import Eyes
+from lora_jax.data.pipeline import BatchShape, training_batches
 from lora_jax.data.sources import Source
 from lora_jax.data.task import Task
 from lora_jax.errors import UserError
-from lora_jax.evaluate import Questions, Scores, score_pack, score_task
+from lora_jax.evaluate import Scores, score_pack, score_task
 from lora_jax.grid import Trainer
 from lora_jax.hub.bases import Base
 from lora_jax.presets import EQUAL_RANK, Settings
 from lora_jax.programs import Programs
 from lora_jax.records import Cell, RunDirectory, read_json, versions, write_json
+from lora_jax.sight import Sight
+from lora_jax.targets import is_sight
+from lora_jax.task_rows import TaskRows
 from lora_jax.tracking import Log, json_lines
 from lora_jax.train import DivergedError, Outcome, TrainJob, Wave
 from lora_jax.transformer import Transformer
@@ -78,8 +74,11 @@ class Study:
       base: the frozen model.
       source: where rows come from.
       run: where records go.
-      cache_dir: where prepared rows are kept.
+      cache_dir: where prepared rows, and features of their images, are kept.
       cells: at most so many train together; 0: as many as there is use and memory for.
+
+    Raises:
+      UserError: the settings are about images, and the base does not see.
     """
     self._settings = settings
     self._base = base
@@ -92,6 +91,7 @@ class Study:
     if kind != 'none':
       print(f'{kind}: {quantize.footprint(self._params)}', file=sys.stderr)
     self._model = Transformer(base.config, dtype=dtype)
+    self._sight = self._open_eyes()
     to_train = Transformer(base.config, dtype=dtype, remat=settings.train.remat)
     self._trainer = Trainer(to_train, self._params, settings.train, cells)
 
@@ -104,17 +104,23 @@ class Study:
     lora_family.check(self._settings.lora, grid.targets, self._params)
     for targets in grid.targets:
       print(f'{targets}: {self._summary(targets)}', file=sys.stderr)
+    self._check_frozen_sight(grid)
     unfinished = {task.name: self._unfinished(task, grid) for task in grid.tasks}
     # All rows are read before the first cell, so that a bad one does not end a long run.
     rows = {
-      task.name: _Rows(task, self._source, self._base, self._settings, self._cache_dir)
+      task.name: self._rows(task)
       for task in grid.tasks
-      if unfinished[task.name] and not task.needs_vision
+      if unfinished[task.name] and self._posed(task) is not None
     }
+    # And all images are looked at.
+    for own in rows.values():
+      own.look()
+    if self._sight is not None and any(own.sight for own in rows.values()):
+      print(self._sight, file=sys.stderr)
     with Programs() as programs:
       for task in grid.tasks:
         for cell in unfinished[task.name]:
-          if task.needs_vision:
+          if task.name not in rows:
             record = {'status': 'needs vision', **self._provenance(task, None)}
             self._run.write_cell(cell, record)
           elif cell.targets == 'base':
@@ -134,6 +140,37 @@ class Study:
       self._time_targets(grid)
     if programs.count:
       print(f'timing: {programs}', file=sys.stderr)
+
+  def _open_eyes(self) -> Sight | None:
+    """The base's sight as the settings have it, or None where it does not see."""
+    config, images, vision = self._settings.sight, self._base.images, self._base.config.vision
+    if images is None or vision is None:
+      for flag, value in dataclasses.asdict(config).items():
+        if value:
+          raise UserError(f'--{flag}: {self._base.name} does not see; leave it out')
+      return None
+    images = dataclasses.replace(images, longest_edge=config.image_edge or images.longest_edge)
+    eyes = Eyes(vision, images, config.blank_images)
+    return Sight(self._model, self._params, eyes, self._cache_dir / 'features')
+
+  def _posed(self, task: Task) -> Task | None:
+    return task.posed(sees=self._sight is not None)
+
+  def _rows(self, task: Task) -> TaskRows:
+    settings, sight = self._settings, self._sight
+    return TaskRows(task, self._source, self._base, settings, self._cache_dir, sight)
+
+  def _check_frozen_sight(self, grid: Grid) -> None:
+    """Raises `UserError` where features would change while an adapter trains."""
+    if self._sight is None or not any(task.by_image for task in grid.tasks):
+      return
+    for targets in grid.targets:
+      for path in self._summary(targets).modules:
+        if is_sight(path):
+          raise UserError(
+            f'{targets} adapts {path}, and images are seen once, before training; give targets '
+            'of the language model, or --datasets without images'
+          )
 
   def _summary(self, targets: str) -> lora.Summary:
     """What an adapter on `targets` holds, from its shapes alone."""
@@ -157,7 +194,7 @@ class Study:
     rows = hashlib.sha256(self._source.fingerprint(task).encode()).hexdigest()
     return {'rows': rows, 'base': self._base.record['sha256']}
 
-  def _score_base(self, task: Task, cell: Cell, rows: '_Rows') -> None:
+  def _score_base(self, task: Task, cell: Cell, rows: TaskRows) -> None:
     scores = score_task(
       self._model,
       self._params,
@@ -256,7 +293,7 @@ class Study:
       self._settings.lora,
       self._settings.optim,
       seed,
-      lambda: training_batches(rows.train, rows.shape, seed),
+      lambda: training_batches(rows.train, rows.shape, seed, rows.features),
       rows.eval_batches,
       lambda metrics: lines()(metrics),
     )
@@ -267,7 +304,7 @@ class Study:
     self._run.write_cell(cell, record, said)
     print(f'{label}: {scores.headline} {scores.means[scores.headline]:.1f}', file=sys.stderr)
 
-  def _provenance(self, task: Task, rows: '_Rows | None') -> dict[str, Any]:
+  def _provenance(self, task: Task, rows: TaskRows | None) -> dict[str, Any]:
     return {
       'settings': dataclasses.asdict(self._settings),
       'base': self._base.record,
@@ -275,7 +312,7 @@ class Study:
       'rows': {
         'source': self._source.kind,
         'description': self._source.describe(task),
-        'note': task.note,
+        'note': (self._posed(task) or task).note,
         **({} if rows is None else rows.counts()),
       },
       'versions': versions(),
@@ -299,56 +336,12 @@ class _GridCell:
   """A cell to train, with what it is trained and scored on."""
 
   cell: Cell
-  rows: '_Rows'
+  rows: TaskRows
 
   @property
   def label(self) -> str:
     """For people."""
     return f'{self.cell.dataset} {self.cell.targets} seed {self.cell.seed}'
-
-
-class _Rows:
-  """A dataset's rows as this base sees them: encoded, split and shaped."""
-
-  def __init__(self, task: Task, source: Source, base: Base, settings: Settings, cache_dir: Path):
-    self.task, config = task, settings.train
-    splits = builder.prepare(task, source, cache_dir)
-    max_length = min(config.max_length, base.config.max_length)
-    limits = budget(task, max_length, settings.eval.max_new_tokens)
-    test = splits['test'][: settings.eval.test_rows or None]
-    prompts = [encode_prompt(task, example, base.tokenizer, limits.prompt) for example in test]
-    self.questions = Questions(task, test, prompts, base.tokenizer, limits.completion)
-    examples = splits['train'][: config.train_rows or None]
-    encoded = encode_split(task, examples, base.tokenizer, limits)
-    # The last rows watch the loss; too few rows to share all train.
-    kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
-    self.train = encoded[: len(encoded) - kept_out]
-    watched = encoded[len(encoded) - kept_out :]
-    if not self.train:
-      raise UserError(f'{task.name}: no train row fits in {max_length} tokens; raise --max_length')
-    self.shape = batch_shape(encoded, config.tokens_per_batch)
-    self.eval_batches = evaluation_batches(watched, self.shape) if watched else []
-    self._counts = {
-      'train': len(self.train),
-      'eval': len(watched),
-      'test': len(test),
-      'left_out': len(examples) - len(encoded),
-      'cut_completions': sum(row.cut for row in encoded),
-      'batch_rows': self.shape.rows,
-      'row_length': self.shape.length,
-      'shared_prefix': len(self.shape.prefix),
-      'prompt_limit': limits.prompt,
-    }
-    if self._counts['cut_completions'] > len(encoded) / 2:
-      print(
-        f'{task.name}: {self._counts["cut_completions"]} of {len(encoded)} answers to learn are '
-        f'longer than {limits.completion} tokens and are cut; raise --max_new_tokens',
-        file=sys.stderr,
-      )
-
-  def counts(self) -> dict[str, int]:
-    """For the record: how many rows, and in what shape."""
-    return self._counts
 
 
 def _scores_record(scores: Scores) -> dict[str, Any]:

@@ -10,6 +10,11 @@ would alone, except that dropout falls on the shared tokens once for all of them
   rows = encode_split(task, examples, tokenizer, limits)
   shape = batch_shape(rows, tokens_per_batch=4096)
   for batch in training_batches(rows, shape, seed=0): ...
+
+Rows with images bring the features of a frozen tower, which are read from disk when a
+batch is made, ahead of the step; a row of the batch holds those of its packed rows one
+after the other. What is shared ends before the first image: tokens of images are alike
+where the images are not.
 """
 
 import dataclasses
@@ -22,6 +27,8 @@ import numpy as np
 
 from lora_jax.attention import SHARED
 from lora_jax.data.encode import Budget, Encoded, PromptTooLongError, encode_example
+from lora_jax.data.eyes import Eyes, most_embeddings
+from lora_jax.data.features import FeatureFiles
 from lora_jax.data.packing import Epochs, Group, plan
 from lora_jax.data.task import Example, Task
 from lora_jax.hub.tokenizer import ChatTokenizer
@@ -38,11 +45,13 @@ _MOST_TRIED = 2048
 # A shared prefix must save this share of the cost: plain causal segments suit more kernels.
 _LEAST_SAVED = 0.02
 
-# Batches made ahead of the one in use.
-_AHEAD = 16
+# Batches made ahead of the one in use; those with features are large.
+_AHEAD, _AHEAD_SEEN = 16, 3
 
 # tokens, targets, positions, segments: (B, T) int32; weights: (B, T) float32. Segments are
 # 1, 2, ... for the packed rows, `SHARED` for what all of them begin with, 0 for padding.
+# Where a shape has embeddings: features (B, E, D) in the tower's dtype and slots (B, T) int32,
+# as in `vision.Features`.
 Batch = dict[str, np.ndarray]
 
 
@@ -50,12 +59,14 @@ Batch = dict[str, np.ndarray]
 class BatchShape:
   """Rows of a batch (B), tokens of a row (T), and the tokens that each row begins with.
 
-  Packed rows hold what follows `prefix`, which must begin all rows of the data.
+  Packed rows hold what follows `prefix`, which must begin all rows of the data. There is
+  room for so many embeddings of images in a row (E), however rows are packed.
   """
 
   rows: int
   length: int
   prefix: tuple[int, ...] = ()
+  embeddings: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +101,17 @@ def counts(batch: Batch) -> Counts:
 
 
 def encode_split(
-  task: Task, examples: Sequence[Example], tokenizer: ChatTokenizer, limits: Budget
+  task: Task,
+  examples: Sequence[Example],
+  tokenizer: ChatTokenizer,
+  limits: Budget,
+  eyes: Eyes | None = None,
 ) -> list[Encoded]:
   """Reads and encodes a split through grain, in order; rows too long to train on are left out."""
 
   def encode(example: Example) -> Encoded | None:
     try:
-      return encode_example(task, example, tokenizer, limits)
+      return encode_example(task, example, tokenizer, limits, eyes)
     except PromptTooLongError:
       return None
 
@@ -105,13 +120,18 @@ def encode_split(
 
 
 def shared_prefix(rows: Sequence[Encoded]) -> tuple[int, ...]:
-  """The tokens that all rows begin with, up to the first loss; each row keeps one of its own."""
+  """The tokens that all rows begin with, up to the first loss or image.
+
+  Each row keeps one of its own.
+  """
   first = rows[0].arrays['tokens']
   length = len(first)
   for row in rows:
     length = min(length, len(row) - 1)
     ends = row.arrays['weights'][:length] != 0
     ends |= row.arrays['tokens'][:length] != first[:length]
+    if 'slots' in row.arrays:
+      ends |= row.arrays['slots'][:length] >= 0
     if ends.any():
       length = int(ends.argmax())
   return tuple(first[:length].tolist())
@@ -130,6 +150,10 @@ def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
   lengths = range(least, most + 1, _ROW_MULTIPLE)
   tried = rows[:: math.ceil(len(rows) / _MOST_TRIED)]
 
+  def seen(shape: BatchShape) -> BatchShape:
+    own = [(len(row) - len(shape.prefix), row.embeddings) for row in rows]
+    return dataclasses.replace(shape, embeddings=most_embeddings(own, _room(shape)))
+
   def cheapest(prefix: tuple[int, ...]) -> tuple[float, BatchShape]:
     shapes = [BatchShape(max(1, tokens_per_batch // n), n, prefix) for n in lengths]
     return min(((_cost(tried, shape), shape) for shape in shapes), key=lambda pair: pair[0])
@@ -139,8 +163,8 @@ def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
   if prefix:
     cost_shared, shape_shared = cheapest(prefix)
     if cost_shared <= (1 - _LEAST_SAVED) * cost:
-      return shape_shared
-  return shape
+      return seen(shape_shared)
+  return seen(shape)
 
 
 def _cost(rows: Sequence[Encoded], shape: BatchShape) -> float:
@@ -149,36 +173,49 @@ def _cost(rows: Sequence[Encoded], shape: BatchShape) -> float:
   return (1 + shape.length / _EVEN_LENGTH) * positions / sum(len(row) for row in rows)
 
 
-def training_batches(rows: Sequence[Encoded], shape: BatchShape, seed: int) -> Iterator[Batch]:
+def training_batches(
+  rows: Sequence[Encoded], shape: BatchShape, seed: int, features: FeatureFiles | None = None
+) -> Iterator[Batch]:
   """An endless stream of packed batches, reshuffled and packed anew every epoch.
 
   An epoch has every row once, and ends where it ends: inside of a batch, the next one
   follows. The same arguments give the same stream, and the iterator's state can be saved
   and restored (grain's `get_state` and `set_state`).
 
+  Args:
+    rows: to learn.
+    shape: from `batch_shape`, of these and maybe more.
+    seed: of the order.
+    features: of the rows' images, where they have any.
+
   Raises:
     ValueError: there are no rows, or one does not go into the shape.
+    UserError: features are gone or damaged.
   """
   epochs = Epochs(_sizes(rows, shape), _room(shape), seed)
 
   def batch(number: int) -> Batch:
     first = number * shape.rows
-    return filled(rows, [epochs[i] for i in range(first, first + shape.rows)], shape)
+    return filled(rows, [epochs[i] for i in range(first, first + shape.rows)], shape, features)
 
   # One thread: `Epochs` is not for several.
-  ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+  buffer = _AHEAD_SEEN if shape.embeddings else _AHEAD
+  ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
   return iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(ahead))
 
 
-def evaluation_batches(rows: Sequence[Encoded], shape: BatchShape) -> list[Batch]:
+def evaluation_batches(
+  rows: Sequence[Encoded], shape: BatchShape, features: FeatureFiles | None = None
+) -> list[Batch]:
   """All rows once, packed; the last batch is filled up with rows of weight 0.
 
   Raises:
     ValueError: a row does not go into the shape.
+    UserError: features are gone or damaged.
   """
   packed = groups(rows, shape)
   starts = range(0, len(packed), shape.rows)
-  return [filled(rows, packed[start : start + shape.rows], shape) for start in starts]
+  return [filled(rows, packed[start : start + shape.rows], shape, features) for start in starts]
 
 
 def batches_per_epoch(rows: Sequence[Encoded], shape: BatchShape) -> int:
@@ -207,22 +244,55 @@ def _sizes(rows: Sequence[Encoded], shape: BatchShape) -> list[int]:
   return [len(row) - shared for row in rows]
 
 
-def filled(rows: Sequence[Encoded], groups: Sequence[Group], shape: BatchShape) -> Batch:
-  """The batch that holds these groups, a row of it each; rows without a group are padding."""
+def empty_batch(shape: BatchShape, width: int, dtype: np.typing.DTypeLike) -> Batch:
+  """A batch of padding.
+
+  Args:
+    shape: its shape.
+    width: of features, where the shape has embeddings.
+    dtype: of features.
+  """
   zeros = lambda dtype: np.zeros((shape.rows, shape.length), dtype)
-  batch = {name: zeros(np.int32) for name in ('tokens', 'targets', 'positions', 'segments')}
+  names = ('tokens', 'targets', 'positions', 'segments')
+  batch: Batch = {name: zeros(np.int32) for name in names}
   batch['weights'] = zeros(np.float32)
+  if shape.embeddings:
+    batch['slots'] = np.full_like(batch['tokens'], -1)
+    batch['features'] = np.zeros((shape.rows, shape.embeddings, width), dtype)
+  return batch
+
+
+def filled(
+  rows: Sequence[Encoded],
+  groups: Sequence[Group],
+  shape: BatchShape,
+  features: FeatureFiles | None = None,
+) -> Batch:
+  """The batch that holds these groups, a row of it each; rows without a group are padding.
+
+  Rows with images need the features of these.
+  """
+  if shape.embeddings and features is None:
+    raise ValueError('rows with images need the features of these')
+  width, dtype = (0, np.dtype(np.float32)) if features is None else (features.width, features.dtype)
+  batch = empty_batch(shape, width, dtype)
   shared = len(shape.prefix)
   for row, group in enumerate(groups):
     batch['tokens'][row, :shared] = shape.prefix
     batch['positions'][row, :shared] = np.arange(shared)
     batch['segments'][row, :shared] = SHARED
-    start = shared
+    start, embeddings = shared, 0
     for segment, index in enumerate(group, start=1):
       length = len(rows[index])
       at = slice(start, start + length - shared)
-      for name, array in rows[index].arrays.items():
-        batch[name][row, at] = array[shared:]
+      for name in ('tokens', 'targets', 'weights'):
+        batch[name][row, at] = rows[index].arrays[name][shared:]
+      if rows[index].pictures and features is not None:
+        slots = rows[index].arrays['slots'][shared:]
+        batch['slots'][row, at] = np.where(slots >= 0, slots + embeddings, -1)
+        values_ED = features.of(rows[index].pictures)
+        batch['features'][row, embeddings : embeddings + len(values_ED)] = values_ED
+        embeddings += len(values_ED)
       batch['positions'][row, at] = np.arange(shared, length)
       batch['segments'][row, at] = segment
       start = at.stop
