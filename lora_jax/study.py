@@ -156,6 +156,13 @@ class Study:
   def _posed(self, task: Task) -> Task | None:
     return task.posed(sees=self._sight is not None)
 
+  def _note(self, task: Task) -> str:
+    """For the report: how the task is posed."""
+    note = (self._posed(task) or task).note
+    if task.by_image and self._settings.sight.blank_images:
+      note += ' A grey image of the same size stands in the place of each.'
+    return note
+
   def _rows(self, task: Task) -> TaskRows:
     settings, sight = self._settings, self._sight
     return TaskRows(task, self._source, self._base, settings, self._cache_dir, sight)
@@ -312,7 +319,7 @@ class Study:
       'rows': {
         'source': self._source.kind,
         'description': self._source.describe(task),
-        'note': (self._posed(task) or task).note,
+        'note': self._note(task),
         **({} if rows is None else rows.counts()),
       },
       'versions': versions(),
