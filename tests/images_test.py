@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tiny_vlm
 from PIL import Image
 
-from lora_jax.data.images import MOST_PIXELS, decode
+from lora_jax.data.images import MOST_PIXELS, decode, size
 from lora_jax.errors import UserError
 
 WHERE = 'receipts row 17'
@@ -99,6 +100,27 @@ def test_a_photograph_is_upright():
   np.testing.assert_array_equal(found, np.asarray(image))
 
 
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP', 'TIFF', 'GIF', 'BMP', 'PPM'])
+def test_the_head_alone_says_the_size(kind):
+  image = tiny_vlm.image(31, 17)
+  held = [{}] if kind in ('GIF', 'BMP', 'PPM') else [{'exif': turned(i)} for i in range(1, 9)]
+  found = set()
+  for options in held:
+    data = encoded(image, kind, **options)
+    found.add(size(data, WHERE))
+    assert size(data, WHERE) == decode(data, WHERE).size
+    # What lies past the head is not looked at.
+    if kind in ('PNG', 'JPEG', 'BMP', 'PPM'):
+      assert size(data[: len(data) - 40], WHERE) == size(data, WHERE)
+  assert found == ({(31, 17)} if len(held) == 1 else {(31, 17), (17, 31)})
+
+
+def turned(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return exif
+
+
 PNG = encoded(tiny_vlm.image(50, 40))
 JPEG = encoded(tiny_vlm.image(50, 40), 'JPEG')
 BAD = {
@@ -122,11 +144,22 @@ BAD = {
 }
 
 
+# What their heads give away.
+EARLY = {'missing', 'empty', 'text', 'script', 'truncated header', 'zero wide'}
+EARLY |= {'large', 'huge', 'a bomb'}
+
+
 @pytest.mark.parametrize('name', BAD)
 def test_bad_images_are_one_line_that_names_the_row(name):
   data, message = BAD[name]
   with pytest.raises(UserError, match=message) as caught:
     decode(data, WHERE)
+  if name in EARLY:
+    with warnings.catch_warnings(record=True) as said:
+      warnings.simplefilter('always')
+      with pytest.raises(UserError, match=message):
+        size(data, WHERE)
+    assert not said
   text = str(caught.value)
   assert text.startswith(f'{WHERE}: ')
   assert '\n' not in text
@@ -142,7 +175,10 @@ def test_bytes_that_flip_never_raise_anything_else():
       for place in rng.integers(0, len(data), 4):
         data[place] = rng.integers(256)
       try:
-        assert decode(bytes(data), WHERE).mode == 'RGB'
+        shown = size(bytes(data), WHERE)
+        image = decode(bytes(data), WHERE)
+        assert image.mode == 'RGB'
+        assert image.size == shown
       except UserError:
         refused += 1
   assert refused > 20

@@ -8,6 +8,7 @@ white where it is transparent, of 16 bits the upper ones, CMYK as it is seen.
 
 import contextlib
 import io
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -68,8 +69,10 @@ def _opened(data: bytes | None, where: str) -> Image.Image:
   if not data:
     raise UserError(f'{where}: has no image; give one, or leave the row out')
   try:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-  # Pillow's own limits lie above ours; at the lower of them it warns alone.
+    # Pillow's own limits lie above ours; at the lower of them it warns alone.
+    with warnings.catch_warnings():
+      warnings.simplefilter('error', Image.DecompressionBombWarning)
+      image = Image.open(io.BytesIO(data), formats=FORMATS)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise UserError(
       f'{where}: its image has more than {MOST_PIXELS:,} pixels; scale it down'
