@@ -24,9 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-import jax
-from flax.traverse_util import flatten_dict
-
 from lora_jax.errors import UserError
 
 FORMAT = 1
@@ -196,6 +193,8 @@ def _holds_all(record: Mapping[str, Any]) -> bool:
 
 def versions() -> dict[str, str]:
   """Versions of what a result depends on."""
+  import jax  # readers of records do without
+
   found = {name: importlib.metadata.version(name) for name in _PACKAGES}
   return {'python': platform.python_version(), 'device': jax.devices()[0].device_kind, **found}
 
@@ -221,6 +220,8 @@ class RunDirectory:
       UserError: the directory holds a run with another configuration or of another
         version, is in use, or cannot be written to.
     """
+    from flax.traverse_util import flatten_dict  # readers of records do without
+
     self.lock()
     file = self.path / 'run.json'
     shared = json.loads(json.dumps(shared))

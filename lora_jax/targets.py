@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flax.traverse_util import flatten_dict
-
 from lora_jax.errors import UserError
 
 # The article's names for sets of modules, in the order of a block.
@@ -35,6 +33,8 @@ def targetable(params: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _dense(params: Mapping[str, Any], *stacks: str) -> tuple[str, ...]:
+  from flax.traverse_util import flatten_dict  # who only names modules does without
+
   return tuple(
     path.removesuffix('/kernel')
     for path in flatten_dict(params, sep='/')
