@@ -14,7 +14,7 @@ RUN = [
   'grain',
   'jax>=0.10',
   'jinja2',
-  'matplotlib',
+  'markupsafe',
   'numpy',
   'optax>=0.2.8',
   'orbax-checkpoint',
@@ -22,6 +22,7 @@ RUN = [
   'rich',
   'rouge-score',
   'safetensors',
+  'scipy>=1.15',
   'tensorflow-datasets',
   'tokenizers',
   'zss',
@@ -54,6 +55,7 @@ setuptools.setup(
   ),
   # Stated, so that an editable install is one path entry rather than an import hook.
   package_dir={'': '.'},
+  package_data={'lora_jax.report': ['page.css', 'page.html.jinja', 'page.js']},
   install_requires=RUN,
   extras_require={
     # `nodejs` lets pyright run where there is no node.
