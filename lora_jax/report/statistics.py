@@ -217,14 +217,18 @@ def _statistics(
   raw = [_p_value(*found) for found in zip(differences_P, null_PN, strict=True)]
   comparisons = {}
   for (i, j), difference, p, adjusted in zip(pairs, differences_P, raw, holm(raw), strict=True):
-    low, high = interval(draws_CN[i] - draws_CN[j])
+    low, high = _within(interval(draws_CN[i] - draws_CN[j]), -100.0, 100.0)
     comparisons[names[i], names[j]] = Comparison(
       _rounded(difference), low, high, _rounded(p), _rounded(adjusted)
     )
   return DatasetStatistics(
     configurations=names,
     draws_CN=draws_CN,
-    intervals={n: _score_interval(d) for n, d in zip(names, draws_CN, strict=True) if rows > 1},
+    intervals={
+      name: _within(interval(draws_N), 0.0, 100.0)
+      for name, draws_N in zip(names, draws_CN, strict=True)
+      if rows > 1
+    },
     comparisons=comparisons,
     null_PN=null_PN,
     rows=rows,
@@ -239,9 +243,9 @@ def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
   return _rounded(low), _rounded(high)
 
 
-def _score_interval(draws_N: np.ndarray) -> tuple[float, float]:
-  low, high = interval(draws_N)
-  return max(0.0, low), min(100.0, high)
+def _within(bounds: tuple[float, float], least: float, most: float) -> tuple[float, float]:
+  # Errors of seeds and the widening for few rows know no end of the scale.
+  return max(least, bounds[0]), min(most, bounds[1])
 
 
 def holm(p: Sequence[float]) -> list[float]:
