@@ -17,11 +17,13 @@ def start(path, base='smollm2-135m-instruct', data='../rows', **train):
   return run
 
 
-def plant(run, dataset, targets, rows, seed=0, unfinished=0, others=None, description=None):
+def plant(
+  run, dataset, targets, rows, seed=0, unfinished=0, others=None, description=None, arm='equal_rank'
+):
   """Writes a record with these headline scores (0..1) of rows named by their place."""
   headline = HEADLINES.get(dataset, 'accuracy')
   base = targets == 'base'
-  cell = Cell('smollm2-135m-instruct', dataset, targets, '' if base else 'equal_rank', seed)
+  cell = Cell('smollm2-135m-instruct', dataset, targets, '' if base else arm, seed)
   others = others or {}
   scores = {
     'headline': headline,

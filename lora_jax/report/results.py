@@ -2,8 +2,8 @@
 
 A configuration's score on a dataset is the mean over its test rows, each row averaged
 over the seeds first. Standard errors are over those rows, so they say how far another
-draw of test rows would move the score; what another training run would do to it shows
-in the means of the seeds.
+draw of test rows would move the score. What another training run would do to it is in
+the intervals and comparisons of `lora_jax.report.statistics`.
 """
 
 import dataclasses
@@ -11,10 +11,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lora_jax.data.tasks import TASKS
 from lora_jax.errors import UserError
 from lora_jax.presets import ARTICLE_TARGETS, EQUAL_RANK
 from lora_jax.records import RunDirectory, read_json
+from lora_jax.report import statistics
+from lora_jax.report.statistics import DatasetStatistics, RowScores
 from lora_jax.targets import label
 
 BASE = 'base'
@@ -66,6 +70,7 @@ class Dataset:
     headline: name of the score in `Entry.mean`, or '' before anything was scored.
     rows: where its rows come from and how many there are (`rows` of a record).
     entries: configuration -> entry, every configuration of the run included.
+    statistics: over the rows that all scored configurations have; None without any.
   """
 
   name: str
@@ -73,6 +78,7 @@ class Dataset:
   headline: str
   rows: dict[str, Any]
   entries: dict[str, Entry]
+  statistics: DatasetStatistics | None = None
 
   @property
   def complete(self) -> bool:
@@ -122,6 +128,7 @@ class Results:
     configurations: names in the order of the tables, 'base' first.
     datasets: in the order of the tables.
     averages: configuration -> average; empty where no dataset is complete.
+    average_statistics: of those averages, or None.
     costs: configuration -> cost, of those that were trained.
     latency: the content of latency.json, or None.
     versions: package (and 'python', 'device') -> the versions that records name.
@@ -132,6 +139,7 @@ class Results:
   configurations: list[str]
   datasets: list[Dataset]
   averages: dict[str, Average]
+  average_statistics: DatasetStatistics | None
   costs: dict[str, Cost]
   latency: dict[str, Any] | None
   versions: dict[str, list[str]]
@@ -163,6 +171,8 @@ def gather(run: RunDirectory) -> Results:
   datasets = [
     _dataset(name, {key: groups.get((name, key), []) for key in configurations}) for name in names
   ]
+  complete = [dataset for dataset in datasets if dataset.complete]
+  known = [dataset.statistics for dataset in complete if dataset.statistics is not None]
   trained = {key: [] for key in configurations}
   for record in records:
     if 'train' in record:
@@ -172,7 +182,8 @@ def gather(run: RunDirectory) -> Results:
     base=records[0]['base'],
     configurations=configurations,
     datasets=datasets,
-    averages=_averages([d for d in datasets if d.complete], configurations),
+    averages=_averages(complete, configurations),
+    average_statistics=statistics.average(known) if known and len(known) == len(complete) else None,
     costs={key: _cost(runs) for key, runs in trained.items() if runs},
     latency=run.latency(),
     versions={
@@ -208,7 +219,34 @@ def _dataset(name: str, by_configuration: Mapping[str, list[dict[str, Any]]]) ->
       key: _entry(group, headline, base_rows if key != BASE else {})
       for key, group in by_configuration.items()
     },
+    statistics=_statistics(name, by_configuration, headline),
   )
+
+
+def _statistics(
+  dataset: str, by_configuration: Mapping[str, list[dict[str, Any]]], headline: str
+) -> DatasetStatistics | None:
+  scores, seeds = {}, {}
+  for key, group in by_configuration.items():
+    done = sorted(
+      (record for record in group if record['status'] == DONE),
+      key=lambda record: record['cell']['seed'],
+    )
+    if done:
+      scores[key] = [
+        {row['id']: 100 * row[headline] for row in record['scores']['rows']} for record in done
+      ]
+      seeds[key] = tuple(record['cell']['seed'] for record in done)
+  everyone = [seed for of_seeds in scores.values() for seed in of_seeds]
+  rows = [row for row in everyone[0] if all(row in seed for seed in everyone)] if everyone else []
+  if not rows:
+    return None
+  x_SR = {
+    key: np.array([[seed[row] for row in rows] for seed in of_seeds])
+    for key, of_seeds in scores.items()
+  }
+  table = RowScores(dataset, tuple(rows), x_SR, seeds, BASE)
+  return statistics.analyse(table, len(by_configuration))
 
 
 def _entry(

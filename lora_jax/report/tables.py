@@ -24,16 +24,15 @@ def entry_score(entry: Entry) -> str:
   return score(entry.mean, entry.se) if entry.status == DONE else entry.status
 
 
-def difference(mean: float | None, se: float | None) -> str:
-  """A difference: '+3.1 ± 1.2 ▲▲', an arrow for each standard error up to two."""
-  if mean is None:
-    return NOTHING
-  # 'z': a difference that rounds to zero has no sign to show.
-  text = f'{mean:+z.1f}'
-  if se is None:
-    return text
-  errors = sum(abs(mean) > count * se for count in (1, 2))
-  return f'{text} ± {se:.1f} {("▲" if mean > 0 else "▼") * errors}'.rstrip()
+def spread(middle: float, low: float, high: float, digits: int = 1) -> str:
+  """A difference and its interval: '+3.1 (-0.2 to +6.4)'."""
+  # 'z': what rounds to zero has no sign to show.
+  return f'{middle:+z.{digits}f} ({reach(low, high, digits)})'
+
+
+def reach(low: float, high: float, digits: int = 1) -> str:
+  """The interval of a difference: '-0.2 to +6.4'."""
+  return f'{low:+z.{digits}f} to {high:+z.{digits}f}'
 
 
 def best(results: Results, row: int) -> set[str]:
@@ -56,7 +55,8 @@ def best(results: Results, row: int) -> set[str]:
 
 def code(text: str) -> str:
   """A name in Markdown as it is written on a command line."""
-  return f'`{text}`'
+  # A backtick would end the code, and no module's path has one.
+  return f'`{text.replace("`", "´")}`'
 
 
 def significant(value: float) -> str:
