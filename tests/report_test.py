@@ -1,18 +1,19 @@
 """The report states what the records say: each number, each status, and nothing else."""
 
-import io
 import json
 import math
 import random
+import xml.etree.ElementTree
 
 import pytest
-from PIL import Image
 from planted_run import HEADLINES, plant, plant_latency, plant_status, start
 
 from lora_jax.errors import UserError
 from lora_jax.presets import ARTICLE_TARGETS, PRESETS
 from lora_jax.records import Cell, RunDirectory, write_json
-from lora_jax.report import markdown, report, results, tables, terminal
+from lora_jax.report import report, results, tables, terminal
+
+DRAWINGS = ('accuracy_prefill.svg', 'accuracy_decode.svg', 'difficulty_spread.svg')
 
 
 def section(text, title):
@@ -22,6 +23,7 @@ def section(text, title):
     [cell.strip() for cell in line.strip('|').split(' | ')] for line in lines if line[:1] == '|'
   ]
   header, _, *rows = table
+  assert all(line.endswith('|') for line in lines if line[:1] == '|')
   assert all(len(row) == len(header) for row in rows)
   return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
@@ -49,14 +51,16 @@ def test_scores_and_differences_are_those_of_the_rows(run):
     'dataset': 'MedMCQA',
     'score': '`accuracy`',
     'rows': '4',
-    'base': '50.0 ± 28.9',
-    '`qkv`': '25.0 ± 25.0',
-    '`o_proj`': '**75.0 ± 25.0**',
+    'base': '50.0 (0.0 to 100.0)',
+    '`qkv`': '25.0 (0.0 to 82.7)',
+    '`o_proj`': '**75.0** (17.3 to 100.0)',
   }
   # Row by row o_proj gains 0 1 0 0, and qkv gains 1 0 -1 -1.
   differences = section(text, 'Differences to the base')['MedMCQA']
-  assert differences['`o_proj`'] == '+25.0 ± 25.0'
-  assert differences['`qkv`'] == '-25.0 ± 47.9'
+  assert differences['`o_proj`'].startswith('+25.0 (')
+  assert differences['`qkv`'].startswith('-25.0 (')
+  # Of four rows nothing can be told.
+  assert {cell[-1] for cell in (differences['`o_proj`'], differences['`qkv`'])} == {'≈'}
   entry = held['datasets']['medmcqa']['configurations']['qkv']
   gaps = [1, 0, -1, -1]
   by_hand = math.sqrt(sum((gap + 0.25) ** 2 for gap in gaps) / 3 / 4)
@@ -64,7 +68,7 @@ def test_scores_and_differences_are_those_of_the_rows(run):
   assert entry['difference_se'] == pytest.approx(100 * by_hand)
   assert (entry['rows'], entry['status'], entry['seed_means']) == (4, 'done', {'0': 25.0})
   assert '75.0 ±25.0*' in said
-  assert said.endswith(f'report: {run.path / "report.md"}')
+  assert said.endswith(f'{run.path / "report.html"} and {run.path / "report.md"}')
 
 
 def test_the_best_follows_the_records(run):
@@ -77,21 +81,33 @@ def test_the_best_follows_the_records(run):
   assert '**' not in str(section(written(run)[0], 'Scores'))
 
 
-@pytest.mark.parametrize(
-  ('mean', 'se', 'cell'),
-  [
-    (3.0, 2.0, '+3.0 ± 2.0 ▲'),
-    (4.1, 2.0, '+4.1 ± 2.0 ▲▲'),
-    (-2.1, 2.0, '-2.1 ± 2.0 ▼'),
-    (-9.0, 2.0, '-9.0 ± 2.0 ▼▼'),
-    (2.0, 2.0, '+2.0 ± 2.0'),
-    (-0.04, 0.2, '+0.0 ± 0.2'),
-    (5.0, None, '+5.0'),
-    (None, None, '-'),
-  ],
-)
-def test_arrows_count_standard_errors(mean, se, cell):
-  assert tables.difference(mean, se) == cell
+def test_a_difference_beyond_the_noise_is_marked(tmp_path):
+  run = start(tmp_path)
+  random_rows = random.Random(0)
+  base = [random_rows.random() / 2 for _ in range(40)]
+  shifted = lambda by: [score + by + random_rows.random() / 50 for score in base]
+  plant(run, 'medmcqa', 'base', base)
+  plant(run, 'medmcqa', 'o_proj', shifted(0.1))
+  plant(run, 'medmcqa', 'qkv', shifted(-0.1))
+  plant(run, 'medmcqa', 'fc1', [*base[1:], base[0]])
+  text, held, _ = written(run)
+  cells = section(text, 'Differences to the base')['MedMCQA']
+  assert [cells[name][-1] for name in ('`qkv`', '`o_proj`', '`fc1`')] == ['▼', '▲', '≈']
+  sides = {(c['first'], c['second']): c for c in held['datasets']['medmcqa']['comparisons']}
+  assert len(sides) == 6
+  assert sides['base', 'qkv']['beyond_noise'] == 1
+  assert sides['base', 'o_proj']['beyond_noise'] == -1
+  assert sides['base', 'fc1']['beyond_noise'] == 0
+  robust = section(text, 'Robustness')
+  assert robust['`qkv`']['failures'] == '1'
+  assert robust['`qkv`']['worst to base'].endswith('(MedMCQA)')
+  assert (robust['`o_proj`']['above base'], robust['`o_proj`']['best on']) == ('1', '1')
+  assert (robust['`o_proj`']['wins'], robust['`qkv`']['losses']) == ('3', '3')
+  assert robust['`o_proj`']['mean rank'] == '1.0'
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign():
+  assert tables.spread(-0.04, -0.2, 0.04) == '+0.0 (-0.2 to +0.0)'
 
 
 def test_seeds_are_averaged_row_by_row_before_the_error(tmp_path):
@@ -112,7 +128,8 @@ def test_seeds_are_averaged_row_by_row_before_the_error(tmp_path):
   # By number, where a file listing has 10 before 2.
   assert section(text, 'Each seed')['MedMCQA']['`o_proj`'] == '75.0, 50.0, 75.0'
   assert '3 seeds (0, 2, 10)' in text
-  assert 'averaged over the seeds first' in text
+  assert 'intervals of 95 % over test rows and seeds' in text
+  assert 'what another training run would give is not known' not in text
 
 
 def test_statuses_stand_where_scores_would(run):
@@ -147,12 +164,14 @@ def test_a_seed_that_diverged_is_told_and_is_no_winner(run):
   plant(run, 'medmcqa', 'o_proj', [0, 1, 1, 1], seed=10)
   text, held, said = written(run)
   cells = section(text, 'Scores')['MedMCQA']
-  assert cells['`o_proj`'] == '75.0 ± 25.0 (1 of 3 seeds diverged)'
+  assert cells['`o_proj`'].startswith('75.0 (')
+  assert cells['`o_proj`'].endswith('(1 of 3 seeds diverged)')
   assert section(text, 'Each seed')['MedMCQA']['`o_proj`'] == '75.0, diverged, 75.0'
   assert '75.0 ±25.0†' in said
   assert '† without the seeds that diverged' in said
-  assert cells['base'] == '**50.0 ± 28.9**'
+  assert cells['base'].startswith('**50.0** (')
   assert 'average of' not in text
+  assert section(text, 'Which modules')['accuracy']['targets'] == '-'
   assert held['average']['configurations'] == {}
 
 
@@ -167,8 +186,9 @@ def test_datasets_count_alike_in_the_average(run):
   assert average['difference'] == pytest.approx((25 + 45) / 2)
   # CoCoHD rows gain 50 and 40: a standard error of 5.
   assert average['difference_se'] == pytest.approx(math.hypot(25, 5) / 2)
-  assert section(text, 'Scores')['average of 2']['`o_proj`'] == '**72.5 ± 16.0**'
-  assert section(text, 'Differences to the base')['average of 2']['`o_proj`'] == '+35.0 ± 12.7 ▲▲'
+  assert section(text, 'Scores')['average of 2']['`o_proj`'].startswith('**72.5** (')
+  average = section(text, 'Differences to the base')['average of 2']['`o_proj`']
+  assert average.startswith('+35.0 (')
 
 
 def test_columns_have_the_articles_order_and_others_follow(tmp_path):
@@ -316,12 +336,12 @@ def test_a_single_row_has_no_error(tmp_path):
   plant(run, 'medmcqa', 'o_proj', [1])
   text, held, _ = written(run)
   assert section(text, 'Scores')['MedMCQA']['`o_proj`'] == '**100.0**'
-  assert section(text, 'Differences to the base')['MedMCQA']['`o_proj`'] == '+100.0'
+  assert section(text, 'Differences to the base')['MedMCQA']['`o_proj`'] == '+100.0 ≈'
   assert held['average']['configurations']['o_proj']['se'] is None
 
 
 def test_same_records_give_same_bytes(tmp_path):
-  files = ('report.md', 'results.json', markdown.PLOT)
+  files = ('report.md', 'report.html', 'results.json', *DRAWINGS)
   cells = [
     (dataset, targets, [(i * 7 + j) % 10 / 10 for j in range(11)], seed)
     for dataset in HEADLINES
@@ -340,18 +360,67 @@ def test_same_records_give_same_bytes(tmp_path):
   assert all(bytes_ == found[0] for bytes_ in found)
 
 
-def test_the_plot_is_drawn_where_there_is_latency(run):
-  assert not (run.path / markdown.PLOT).exists()
-  assert markdown.PLOT not in written(run)[0]
+def test_latency_is_drawn_where_it_was_measured(run):
+  assert 'Accuracy against latency' not in written(run)[0]
   plant_latency(run, o_proj=1.1, qkv=1.05)
   text = written(run)[0]
-  assert f']({markdown.PLOT})' in text
-  blank = Image.open(io.BytesIO((run.path / markdown.PLOT).read_bytes())).convert('L')
-  assert blank.size[0] > blank.size[1] > 300
-  assert blank.getextrema() == (0, 255)
+  for drawing in DRAWINGS[:2]:
+    assert f']({drawing})' in text
+    root = xml.etree.ElementTree.fromstring((run.path / drawing).read_text())
+    assert root.tag == '{http://www.w3.org/2000/svg}svg'
+    assert {'base', 'o_proj', 'qkv'} <= {element.text for element in root.iter()}
   (run.path / 'latency.json').unlink()
-  assert markdown.PLOT not in written(run)[0]
-  assert not (run.path / markdown.PLOT).exists()
+  assert 'Accuracy against latency' not in written(run)[0]
+  assert not (run.path / DRAWINGS[0]).exists()
+
+
+def test_the_recommendation_follows_the_records(tmp_path):
+  run = start(tmp_path)
+  for dataset in HEADLINES:
+    rows = [i % 7 / 10 for i in range(40)]
+    plant(run, dataset, 'base', rows)
+    for targets, gain in (('o_proj', 0.1), ('qkv', 0.05), ('all', 0.3)):
+      plant(run, dataset, targets, [score + gain for score in rows])
+  plant_latency(run, o_proj=1.2, qkv=1.05, all=1.3)
+  text, held, _ = written(run)
+  cards = section(text, 'Which modules')
+  assert {want: card['targets'] for want, card in cards.items()} == {
+    'accuracy': '`all`',
+    'balance': '`all`',
+    'lowest latency': '`qkv`',
+    'hard tasks': '`all`',
+  }
+  assert 'a second seed' in cards['accuracy']['what it lacks']
+  assert 'more datasets than 3' in cards['accuracy']['what it lacks']
+  assert next(card['choice'] for card in held['recommendations']) == '`all`'
+  for dataset in HEADLINES:
+    for targets in ('o_proj', 'qkv', 'all'):
+      plant(run, dataset, targets, [0.0] * 40)
+  cards = section(written(run)[0], 'Which modules')
+  assert {card['targets'] for card in cards.values()} == {'base'}
+  (run.path / 'latency.json').unlink()
+  plant(run, 'medmcqa', 'o_proj', [1.0] * 40)
+  plant(run, 'cocohd', 'o_proj', [1.0] * 40)
+  cards = section(written(run)[0], 'Which modules')
+  assert cards['lowest latency']['targets'] == '`o_proj`'
+  assert 'latency was not measured' in cards['lowest latency']['what it lacks']
+
+
+def test_difficulty_and_noise_are_told(tmp_path):
+  run = start(tmp_path)
+  for dataset, level in (('medmcqa', 0.5), ('cocohd', 0.1)):
+    plant(run, dataset, 'base', [level] * 4)
+    for seed in (0, 1):
+      plant(run, dataset, 'o_proj', [level + 0.1] * 4, seed)
+      plant(run, dataset, 'all', [level + 0.2] * 4, seed)
+  text = written(run)[0]
+  wide = section(text, 'Difficulty against spread')
+  assert wide['CoCoHD']['base'] == '10.0'
+  assert wide['CoCoHD']['highest'] == '30.0 (`all`)'
+  assert wide['CoCoHD']['spread'].startswith('10.0')
+  assert '](difficulty_spread.svg)' in text
+  noise = section(text, 'Noise')['MedMCQA']
+  assert (noise['target sets'], noise['rest']) == ('7.1 (100 %)', '0.0 (0 %)')
 
 
 def test_names_with_special_characters_break_no_table_or_plot(run):

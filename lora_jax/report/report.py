@@ -1,4 +1,4 @@
-"""Writes a run's report: `report.md`, `results.json` and a plot.
+"""Writes a run's report: `report.html`, `report.md` with its drawings, `results.json`.
 
     print(report.write(RunDirectory(Path('runs/quick'))))
 
@@ -8,13 +8,21 @@ same bytes for the same records.
 
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import Any
 
-from lora_jax.records import RunDirectory, write_bytes, write_json, write_text
-from lora_jax.report import markdown, plot, terminal
+from lora_jax.presets import EQUAL_RANK
+from lora_jax.records import RunDirectory, write_json, write_text
+from lora_jax.report import document, findings, page, sections, svg, terminal
+from lora_jax.report.claims import judge
+from lora_jax.report.document import Card, Document
 from lora_jax.report.results import BASE, Dataset, Results, gather
+from lora_jax.report.statistics import DatasetStatistics
+from lora_jax.report.view import arms
 
-FORMAT = 1
+FORMAT = 2
+
+_DRAWINGS = ('accuracy_prefill.svg', 'accuracy_decode.svg', 'difficulty_spread.svg')
 
 
 def write(run: RunDirectory) -> str:
@@ -30,39 +38,79 @@ def write(run: RunDirectory) -> str:
     UserError: there is nothing to report, a record is damaged, or a file cannot be
       written.
   """
-  results = gather(run)
-  image = plot.accuracy_latency(results)
-  plot_file = run.path / markdown.PLOT
-  if image is None:
-    plot_file.unlink(missing_ok=True)
-  else:
-    write_bytes(plot_file, image)
-  write_json(run.path / 'results.json', as_json(results))
-  file = run.path / 'report.md'
-  write_text(file, markdown.render(results, plotted=image is not None))
+  return write_results(gather(run), run.path)
+
+
+def write_results(results: Results, directory: Path) -> str:
+  """Writes the files of a run whose records were read, as `write` does."""
+  made, cards = describe(results)
+  write_json(directory / 'results.json', as_json(results, cards))
+  # A report from before may have had more to draw.
+  for drawing in _DRAWINGS:
+    (directory / drawing).unlink(missing_ok=True)
+  save(made, directory, 'report')
   return '\n'.join(
     [
       terminal.render(results, shutil.get_terminal_size().columns),
-      *(f'note: {warning.replace("`", "")}' for warning in markdown.warnings(results)),
-      f'report: {file}',
+      *(f'note: {warning.replace("`", "")}' for warning in made.warnings),
+      f'report: {directory / "report.html"} and {directory / "report.md"}',
     ]
   )
 
 
-def as_json(results: Results) -> dict[str, Any]:
+def describe(results: Results) -> tuple[Document, list[Card]]:
+  """The report, and its recommendations."""
+  recommended, cards = findings.recommendations(results)
+  made = Document(
+    title=f'LoRA target modules on {sections.base_name(results)}',
+    intro=sections.what_was_run(results).split('\n\n'),
+    warnings=sections.warnings(results),
+    sections=[
+      recommended,
+      findings.claims(results),
+      findings.scores(results),
+      findings.differences(results),
+      findings.to_best(results),
+      findings.robustness(results),
+      findings.accuracy_latency(results),
+      findings.difficulty(results),
+      findings.noise(results),
+      sections.each_seed(results),
+      sections.costs(results),
+      sections.latency(results),
+      sections.other_scores(results),
+      findings.beside_article(results, cards),
+      sections.rows_and_tasks(results),
+      findings.method(results),
+      sections.versions(results),
+    ],
+  )
+  return made, cards
+
+
+def save(made: Document, directory: Path, name: str) -> None:
+  """Writes a document as Markdown with its drawings, and as a page."""
+  drawings = {f'{figure.name}.svg': figure.svg for figure in made.figures()}
+  for drawing, element in drawings.items():
+    write_text(directory / drawing, svg.standalone(element))
+  write_text(directory / f'{name}.md', document.markdown(made))
+  write_text(directory / f'{name}.html', page.render(made))
+
+
+def as_json(results: Results, cards: list[Card]) -> dict[str, Any]:
   """The content of results.json; its lists have the order of the tables.
 
   `datasets` -> name -> `configurations` -> name holds each score with the
   configuration's costs and latency beside it, so that a cell can be read alone.
   """
-  settings = dict(results.shared['settings'], base=markdown.base_name(results))
+  settings = dict(results.shared['settings'], base=sections.base_name(results))
   return {
     'format': FORMAT,
-    'base': dict(results.base, name=markdown.base_name(results)),
+    'base': dict(results.base, name=sections.base_name(results)),
     'settings': settings,
-    'preset': markdown.preset_name(results.shared['settings']),
+    'preset': sections.preset_name(results.shared['settings']),
     'versions': results.versions,
-    'warnings': markdown.warnings(results),
+    'warnings': sections.warnings(results),
     'order': {
       'configurations': results.configurations,
       'datasets': [dataset.name for dataset in results.datasets],
@@ -71,24 +119,41 @@ def as_json(results: Results) -> dict[str, Any]:
     'average': {
       'datasets': [dataset.name for dataset in results.complete],
       'configurations': {
-        name: dataclasses.asdict(average) for name, average in results.averages.items()
+        name: {
+          **dataclasses.asdict(average),
+          'interval': _interval(results.average_statistics, name),
+        }
+        for name, average in results.averages.items()
       },
     },
     'costs': {name: dataclasses.asdict(cost) for name, cost in results.costs.items()},
     'latency': results.latency,
+    'average_comparisons': _comparisons(results.average_statistics),
+    'claims': {
+      arm or EQUAL_RANK: [dataclasses.asdict(verdict) for verdict in judge(results, arm)]
+      for arm in ('', *arms(results))
+    },
+    'recommendations': [dataclasses.asdict(card) for card in cards],
   }
 
 
 def _dataset(results: Results, dataset: Dataset) -> dict[str, Any]:
-  rows = dict(dataset.rows, description=markdown.portable(dataset.rows['description']))
+  split = dataset.statistics.split if dataset.statistics else None
+  rows = dict(dataset.rows, description=sections.portable(dataset.rows['description']))
   return {
     'title': dataset.title,
     'headline': dataset.headline,
     'rows': rows,
     'configurations': {
-      name: {**dataclasses.asdict(entry), **_beside(results, name)}
+      name: {
+        **dataclasses.asdict(entry),
+        'interval': _interval(dataset.statistics, name),
+        **_beside(results, name),
+      }
       for name, entry in dataset.entries.items()
     },
+    'comparisons': _comparisons(dataset.statistics),
+    'variance': dataclasses.asdict(split) if split else None,
   }
 
 
@@ -101,3 +166,20 @@ def _beside(results: Results, name: str) -> dict[str, Any]:
     'prefill_ratio': times.get('prefill_ratio'),
     'decode_ratio': times.get('decode_ratio'),
   }
+
+
+def _interval(held: DatasetStatistics | None, name: str) -> tuple[float, float] | None:
+  return held.intervals.get(name) if held else None
+
+
+def _comparisons(held: DatasetStatistics | None) -> list[dict[str, Any]]:
+  """Every pair once: first against second, with the corrected p."""
+  return [
+    {
+      'first': first,
+      'second': second,
+      **dataclasses.asdict(compared),
+      'beyond_noise': compared.beyond_noise,
+    }
+    for (first, second), compared in (held.comparisons if held else {}).items()
+  ]

@@ -1,4 +1,4 @@
-"""The report that a person reads, as Markdown."""
+"""What was run, on what, and what it took: the sections that state rather than judge."""
 
 import dataclasses
 import json
@@ -8,40 +8,12 @@ from typing import Any
 
 from lora_jax.presets import PRESETS
 from lora_jax.report import tables
+from lora_jax.report.document import Block, Bullets, Cell, Section, Table
 from lora_jax.report.results import BASE, NEEDS_VISION, Entry, Results
 from lora_jax.report.tables import NOTHING, code
 
-PLOT = 'accuracy_latency.png'
 # Share of generations stopped by the token limit from which the reader should know.
 _MANY_UNFINISHED = 0.1
-
-
-def render(results: Results, plotted: bool) -> str:
-  """The whole of report.md.
-
-  Args:
-    results: the numbers.
-    plotted: whether there is a plot beside it.
-  """
-  sections = [
-    f'# LoRA target modules on {base_name(results)}',
-    _what_was_run(results),
-    *(f'> **Note:** {warning}' for warning in warnings(results)),
-    '## Scores',
-    _scores(results),
-    *_status(results),
-    '## Differences to the base',
-    _differences(results),
-    *_seeds(results),
-    *_costs(results),
-    *_latency(results, plotted),
-    *_other_scores(results),
-    '## Rows and tasks',
-    _rows(results),
-    '## Versions',
-    '; '.join(f'{name} {", ".join(found)}' for name, found in results.versions.items()) + '.',
-  ]
-  return '\n\n'.join(sections) + '\n'
 
 
 def base_name(results: Results) -> str:
@@ -81,7 +53,8 @@ def portable(description: str) -> str:
   return f'directory {"/".join(PurePath(found[1]).parts[-2:])}{found[2]}'
 
 
-def _what_was_run(results: Results) -> str:
+def what_was_run(results: Results) -> str:
+  """Base, adapters, training and rows, in a few sentences."""
   settings = results.shared['settings']
   lora, optim, train = settings['lora'], settings['optim'], settings['train']
   preset = preset_name(settings)
@@ -104,7 +77,7 @@ def _what_was_run(results: Results) -> str:
     f'{train["max_length"]:,} tokens, AdamW at a peak rate of '
     f'{optim["learning_rate"]:g} for A and {optim["lr_ratio"]:g} times that for B, '
     f'{train["dtype"]}{quantized}{_ends(train)}; '
-    f'{_plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
+    f'{plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
     + (f'preset {code(preset)}.' if preset else 'settings of its own, no preset.')
     + f'\n\nRows used: {_source(results)}. How many, and how each task is posed: see "Rows and '
     'tasks".'
@@ -115,7 +88,7 @@ def _ends(train: dict[str, Any]) -> str:
   """Which adapter a run gives, and whether it may end early, where that is not the rule."""
   ends = ''
   if train.get('patience'):
-    after = _plural(train['patience'], 'evaluation')
+    after = plural(train['patience'], 'evaluation')
     ends += f', ended after {after} in a row without a lower loss on rows kept out'
   if train.get('keep_best'):
     ends += ', with the adapter of the lowest loss on rows kept out'
@@ -145,74 +118,16 @@ def _source(results: Results) -> str:
   return f'the files in the directory {code(path.name if here else data)}'
 
 
-def _scores(results: Results) -> str:
-  def emphasised(text: str, name: str, row: int) -> str:
-    return f'**{text}**' if name in tables.best(results, row) else text
-
-  rows = [
-    [
-      dataset.title,
-      code(dataset.headline) if dataset.headline else NOTHING,
-      str(dataset.rows.get('test', NOTHING)),
-      *(
-        emphasised(tables.entry_score(dataset.entries[name]), name, row)
-        for name in results.configurations
-      ),
+def each_seed(results: Results) -> Section:
+  """The score of every single run, where a configuration has several."""
+  blocks: list[Block] = []
+  if any(len(e.seed_means) > 1 for d in results.datasets for e in d.entries.values()):
+    rows = [
+      [dataset.title, *(_seed_scores(dataset.entries[name]) for name in results.configurations)]
+      for dataset in results.datasets
     ]
-    for row, dataset in enumerate(results.datasets)
-  ]
-  if results.averages:
-    cells = [
-      emphasised(tables.score(average.mean, average.se), name, -1)
-      for name, average in results.averages.items()
-    ]
-    rows.append([f'average of {len(results.complete)}', '', '', *cells])
-  header = ['dataset', 'score', 'rows', *_columns(results)]
-  several = max(len(e.seed_means) for d in results.datasets for e in d.entries.values()) > 1
-  return (
-    tables.markdown(header, rows, left=2)
-    + '\n\nFrom 0 to 100; ± is the standard error over test rows'
-    + (', each row averaged over the seeds first' if several else '')
-    + '. It takes no account of how another training run would turn out. Bold: the highest in '
-    'its row, which need not mean better than the next. The average is over the datasets on '
-    'which every configuration is done.'
-  )
-
-
-def _differences(results: Results) -> str:
-  names = results.configurations[1:]
-  if not names:
-    return 'Only the base was run.'
-  rows = [
-    [
-      dataset.title,
-      *(
-        tables.difference(entry.difference, entry.difference_se)
-        for entry in (dataset.entries[name] for name in names)
-      ),
-    ]
-    for dataset in results.datasets
-  ]
-  if results.averages:
-    averages = [results.averages[name] for name in names]
-    cells = [tables.difference(average.difference, average.difference_se) for average in averages]
-    rows.append([f'average of {len(results.complete)}', *cells])
-  return (
-    tables.markdown(['dataset', *_columns(results)[1:]], rows)
-    + '\n\nPoints above the base; ± is the standard error of the difference, paired over the same '
-    'test rows. ▲ or ▼: more than one standard error (chance alone does that to one in three), '
-    '▲▲ or ▼▼: more than two (one in twenty).'
-  )
-
-
-def _seeds(results: Results) -> list[str]:
-  if all(len(e.seed_means) < 2 for d in results.datasets for e in d.entries.values()):
-    return []
-  rows = [
-    [dataset.title, *(_seed_scores(dataset.entries[name]) for name in results.configurations)]
-    for dataset in results.datasets
-  ]
-  return ['## Each seed', tables.markdown(['dataset', *_columns(results)], rows)]
+    blocks.append(Table(['dataset', *columns(results)], rows))
+  return Section('Each seed', blocks)
 
 
 def _seed_scores(entry: Entry) -> str:
@@ -221,79 +136,85 @@ def _seed_scores(entry: Entry) -> str:
   return ', '.join(seeds[seed] for seed in sorted(seeds, key=int)) or NOTHING
 
 
-def _costs(results: Results) -> list[str]:
-  if not results.costs:
-    return []
+def costs(results: Results) -> Section:
+  """What an adapter weighs and what training it took."""
   rows = [
     [
       code(name),
       ', '.join(cost.modules),
-      f'{cost.trainable_params:,}',
-      tables.significant(cost.adapter_bytes / 2**20),
-      f'{cost.tokens_per_second:,.0f}' if cost.tokens_per_second else NOTHING,
-      f'{cost.seconds:,.1f}',
+      Cell(f'{cost.trainable_params:,}', cost.trainable_params),
+      Cell(tables.significant(cost.adapter_bytes / 2**20), cost.adapter_bytes),
+      Cell(
+        f'{cost.tokens_per_second:,.0f}' if cost.tokens_per_second else NOTHING,
+        cost.tokens_per_second,
+      ),
+      Cell(f'{cost.seconds:,.1f}', cost.seconds),
     ]
     for name, cost in results.costs.items()
   ]
   header = ['targets', 'modules', 'trainable parameters', 'adapter MiB', 'tokens/s', 's a run']
-  return [
-    '## Size and training',
-    tables.markdown(header, rows, left=2)
-    + '\n\nTokens/s: tokens trained on, padding not counted, after the first step. Seconds: '
-    'compilation included, averaged over runs; a run that finds its programs compiled is shorter.',
-  ]
+  note = (
+    'Tokens/s: tokens trained on, padding not counted, after the first step. Seconds: '
+    'compilation included, averaged over runs; a run that finds its programs compiled is shorter.'
+  )
+  return Section('Size and training', [Table(header, rows, 2, note)] if rows else [])
 
 
-def _latency(results: Results, plotted: bool) -> list[str]:
+def latency(results: Results) -> Section:
+  """Times of unmerged adapters."""
   if results.latency is None:
-    return []
+    return Section('Latency', [])
   targets = results.latency['targets']
   known = [name for name in results.configurations if name in targets]
   names = [*known, *sorted(targets.keys() - set(known))]
 
-  def ratio(times: dict[str, float], work: str) -> str:
+  def ratio(name: str, work: str) -> Cell:
+    times = targets[name]
     low, high = times[f'{work}_ratio_low'], times[f'{work}_ratio_high']
-    return f'{times[f"{work}_ratio"]:.2f} ({low:.2f} to {high:.2f})'
+    middle = times[f'{work}_ratio']
+    if name == BASE:
+      return Cell('1', 1.0)
+    return Cell(f'{middle:.2f}', middle, detail=f'{low:.2f} to {high:.2f}')
+
+  def milliseconds(name: str, work: str) -> Cell:
+    taken = targets[name][f'{work}_ms']
+    return Cell(tables.significant(taken), taken)
 
   rows = [
     [
       code(name),
-      tables.significant(targets[name]['prefill_ms']),
-      '1' if name == BASE else ratio(targets[name], 'prefill'),
-      tables.significant(targets[name]['decode_ms']),
-      '1' if name == BASE else ratio(targets[name], 'decode'),
+      milliseconds(name, 'prefill'),
+      ratio(name, 'prefill'),
+      milliseconds(name, 'decode'),
+      ratio(name, 'decode'),
     ]
     for name in names
   ]
   header = ['targets', 'prefill ms', 'ratio to base', 'decoded token ms', 'ratio to base']
-  text = (
-    tables.markdown(header, rows)
-    + '\n\nAdapters unmerged, one row at a time, on '
-    + f'{results.latency["device"]} in {results.latency["dtype"]}. Medians over '
+  note = (
+    'Adapters unmerged, one row at a time, on '
+    f'{results.latency["device"]} in {results.latency["dtype"]}. Medians over '
     f'{results.shared["settings"]["latency_turns"]} turns, quartiles in brackets; a ratio is '
     'taken within a turn, so it need not equal the quotient of the medians.'
   )
-  return ['## Latency', text, *([f'![accuracy against latency]({PLOT})'] if plotted else [])]
+  return Section('Latency', [Table(header, rows, 1, note)])
 
 
-def _other_scores(results: Results) -> list[str]:
+def other_scores(results: Results) -> Section:
+  """The scores beside the headline ones."""
   rows = []
   for dataset in results.datasets:
     names = dict.fromkeys(name for e in dataset.entries.values() for name in e.other_scores)
     for name in names:
-      entries = [dataset.entries[key] for key in results.configurations]
-      cells = [
-        f'{entry.other_scores[name]:.1f}' if name in entry.other_scores else NOTHING
-        for entry in entries
-      ]
+      found = [dataset.entries[key].other_scores.get(name) for key in results.configurations]
+      cells = [Cell(NOTHING if mean is None else f'{mean:.1f}', mean) for mean in found]
       rows.append([dataset.title, code(name), *cells])
-  if not rows:
-    return []
-  header = ['dataset', 'score', *_columns(results)]
-  return ['## Other scores', tables.markdown(header, rows, left=2)]
+  header = ['dataset', 'score', *columns(results)]
+  return Section('Other scores', [Table(header, rows, 2)] if rows else [])
 
 
-def _rows(results: Results) -> str:
+def rows_and_tasks(results: Results) -> Section:
+  """Which rows were used, and how each task is posed."""
   rows = [
     [
       dataset.title,
@@ -309,17 +230,16 @@ def _rows(results: Results) -> str:
   ]
   header = ['dataset', 'source', 'trained on', 'watched', 'scored']
   header += ['batch', 'prompt limit', 'left out', 'completions cut']
-  notes = [f'- {d.title}: {d.rows["note"]}' for d in results.datasets if d.rows['note']]
-  return '\n\n'.join(
-    [
-      tables.markdown(header, rows, left=2)
-      + '\n\nWatched: rows of the train split kept out of training to follow the loss. Batch: rows '
-      'times tokens of a training step; such a row packs several of the data where they are short. '
-      'Prompt limit: tokens of a prompt, whose document is cut to fit. Left out: training '
-      'rows whose prompt does not fit. Completions cut: training targets longer than an answer may '
-      f'be, at most {results.shared["settings"]["eval"]["max_new_tokens"]} tokens.',
-      *(['\n'.join(notes)] if notes else []),
-    ]
+  notes = [f'{d.title}: {d.rows["note"]}' for d in results.datasets if d.rows['note']]
+  note = (
+    'Watched: rows of the train split kept out of training to follow the loss. Batch: rows '
+    'times tokens of a training step; such a row packs several of the data where they are short. '
+    'Prompt limit: tokens of a prompt, whose document is cut to fit. Left out: training '
+    'rows whose prompt does not fit. Completions cut: training targets longer than an answer may '
+    f'be, at most {results.shared["settings"]["eval"]["max_new_tokens"]} tokens.'
+  )
+  return Section(
+    'Rows and tasks', [Table(header, rows, 2, note), *([Bullets(notes)] if notes else [])]
   )
 
 
@@ -327,7 +247,7 @@ def _batch(rows: dict[str, Any]) -> str:
   return f'{rows["batch_rows"]} × {rows["row_length"]}' if 'row_length' in rows else NOTHING
 
 
-def _status(results: Results) -> list[str]:
+def status(results: Results) -> list[Block]:
   """What is missing from the table of scores, and why."""
   lines = []
   for dataset in results.datasets:
@@ -357,13 +277,21 @@ def _status(results: Results) -> list[str]:
       )
   for name, cost in results.costs.items():
     if cost.bad_steps:
-      lines.append(f'{code(name)}: {_plural(cost.bad_steps, "update")} left out, not finite.')
-  return ['\n'.join(f'- {line}' for line in lines)] if lines else []
+      lines.append(f'{code(name)}: {plural(cost.bad_steps, "update")} left out, not finite.')
+  return [Bullets(lines)] if lines else []
 
 
-def _columns(results: Results) -> list[str]:
+def versions(results: Results) -> Section:
+  """What the records were made with."""
+  found = (f'{name} {", ".join(held)}' for name, held in results.versions.items())
+  return Section('Versions', ['; '.join(found) + '.'])
+
+
+def columns(results: Results) -> list[str]:
+  """The configurations as heads of columns."""
   return [name if name == BASE else code(name) for name in results.configurations]
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+  """'1 seed', '2 seeds'."""
   return f'{count} {noun}' + ('' if count == 1 else 's')
