@@ -70,10 +70,11 @@ def cpu_has_bfloat16(cpuinfo: Path = Path('/proc/cpuinfo')) -> bool:
   return not {'avx512_bf16', 'amx_bf16', 'bf16'}.isdisjoint(words)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], arguments: bool = False) -> None:
   """Parses the flags and calls `main`; a user's mistake is one line and exit code 2.
 
-  Until `main` calls `imported`, Ctrl-C ends the process at once: libraries turn an
+  With `arguments`, `main` is called with those that are no flags; otherwise they are a
+  mistake. Until `main` calls `imported`, Ctrl-C ends the process at once: libraries turn an
   interrupt during their import into errors of their own.
   """
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -86,6 +87,9 @@ def run(main: Callable[[], None]) -> None:
       # Orbax and tensorflow-datasets tell every file they touch at absl's default level.
       logging.set_verbosity(logging.WARNING)
     with exit_on_user_error():
+      if arguments:
+        main(*argv[1:])
+        return
       if len(argv) > 1:
         raise UserError(f'unexpected argument {argv[1]!r}; settings are given as --name=value')
       main()
