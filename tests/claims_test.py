@@ -229,3 +229,5 @@ def test_arms_are_judged_apart(run):
         change(run, dataset, targets, -lift, arm='equal_parameters')
   assert verdict(run, 'C8') == HOLDS
   assert verdict(run, 'C8', 'equal_parameters') == DOES_NOT_HOLD
+  names = gather(run).configurations
+  assert names[9:] == [f'{targets} (equal_parameters)' for targets in ARTICLE_TARGETS]

@@ -51,9 +51,8 @@ def test_no_difference_is_declared_significant_at_the_nominal_rate(few_draws, wi
   assert family / times < 0.05 + 2.5 * 0.018
 
 
-def test_seeds_left_out_of_account_would_find_what_is_not_there(few_draws, monkeypatch):
-  """The test above can fail: without the error of seeds, differences come out of nothing."""
-  monkeypatch.setattr(statistics, '_PRIOR_SEEDS', 1e-9)
+def test_seeds_left_out_of_account_would_find_what_is_not_there(few_draws):
+  """The test above can fail: of means over seeds alone, differences come out of nothing."""
   random = np.random.default_rng(1)
   found = 0
   for _ in range(60):

@@ -263,7 +263,7 @@ def beside_article(results: Results, cards: list[Card]) -> Section:
   )
 
 
-def method(results: Results) -> Section:
+def method() -> Section:
   """How the noise was taken into account."""
   return Section(
     'How it was computed',

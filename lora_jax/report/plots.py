@@ -9,7 +9,8 @@ from lora_jax.report.results import BASE, Dataset, Results
 from lora_jax.report.tables import spread
 
 _WIDTH = 400
-_LABELS = 108
+# Names take no more room than this.
+_LABELS = 170
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ def differences(dataset: Dataset, names: Sequence[str]) -> Figure | None:
   low = min(0.0, *(c.low for _, c in rows), *(c.difference for _, c in rows))
   high = max(0.0, *(c.high for _, c in rows), *(c.difference for _, c in rows))
   high, low = (high, low) if high > low else (1.0, -1.0)
-  left, right, top = _LABELS + 8, _WIDTH - 14, 8
+  labels = min(_LABELS, max(svg.width(name) for name, _ in rows))
+  left, right, top = labels + 8, _WIDTH - 14, 8
   place = lambda value: left + (value - low) / (high - low) * (right - left)
   bottom = top + 20 * len(rows)
   parts = []
@@ -64,7 +66,7 @@ def differences(dataset: Dataset, names: Sequence[str]) -> Figure | None:
     kind = {1: GOOD, -1: BAD, 0: EVEN}[compared.beyond_noise]
     numbers = spread(compared.difference, compared.low, compared.high)
     parts += [
-      svg.text(_LABELS, y + 4, svg.fitted(name, _LABELS), 'end'),
+      svg.text(labels, y + 4, svg.fitted(name, labels + 1), 'end'),
       svg.line(place(compared.low), y, place(compared.high), y, f'{kind} whisker'),
       svg.dot(place(compared.difference), y, kind, f'{name} {numbers}'),
     ]
@@ -118,7 +120,7 @@ def scatter(
     says: what is read out.
     joined: points that a dashed line goes through.
   """
-  beside = min(_LABELS + 22, max(svg.width(point.label) for point in points))
+  beside = min(_LABELS, max(svg.width(point.label) for point in points))
   height = max(230, svg.LINE * len(points) + 70)
   left, right, top, bottom = 44, _WIDTH - beside - 26, 24, height - 44
   x_low, x_high = _range([(p.x, p.x_range) for p in points])
@@ -136,7 +138,7 @@ def scatter(
   parts.append(svg.text(4, top - 10, axes[1], 'start', 'dim'))
   places = svg.apart([up(point.y) for point in points], top, bottom)
   for point, place in zip(points, places, strict=True):
-    name = svg.fitted(point.label, beside)
+    name = svg.fitted(point.label, beside + 1)
     parts.append(svg.text(right + 22, place + 4, name))
     ends = ((across(point.x), up(point.y)), (right + 4, place), (right + 18, place))
     parts.append(svg.path(ends, 'lead'))

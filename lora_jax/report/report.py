@@ -81,7 +81,7 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
       sections.other_scores(results),
       findings.beside_article(results, cards),
       sections.rows_and_tasks(results),
-      findings.method(results),
+      findings.method(),
       sections.versions(results),
     ],
   )

@@ -166,7 +166,9 @@ def gather(run: RunDirectory) -> Results:
   groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
   for record in records:
     groups.setdefault((record['cell']['dataset'], _configuration(record)), []).append(record)
-  configurations = _ordered({BASE, *(name for _, name in groups)}, (BASE, *ARTICLE_TARGETS))
+  others = sorted({record['cell']['arm'] for record in records} - {'', EQUAL_RANK})
+  first = [f'{targets} ({arm})' for arm in others for targets in ARTICLE_TARGETS]
+  configurations = _ordered({BASE, *(name for _, name in groups)}, (BASE, *ARTICLE_TARGETS, *first))
   names = _ordered({name for name, _ in groups}, tuple(TASKS))
   datasets = [
     _dataset(name, {key: groups.get((name, key), []) for key in configurations}) for name in names
