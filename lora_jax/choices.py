@@ -107,10 +107,9 @@ def next_log_probs_pack(
   ends_E: jax.Array,
 ) -> jax.Array:
   """As `next_log_probs`, for all cells of a pack: (C, E, V)."""
-  attached, axes = pack.attach(base)
   head = head_kernel(model, base)
   one = lambda params: _next_log_probs(model, params, head, pack.cells, arrays, ends_E)
-  return jax.vmap(one, in_axes=(axes,))(attached)
+  return pack.over_cells(base)(one)
 
 
 def _next_log_probs(

@@ -103,14 +103,9 @@ def generate_pack(
   features: Features | None = None,
 ) -> jax.Array:
   """As `generate`, for all cells of a pack at once: tokens_CBT."""
-  attached, axes = pack.attach(base)
-
-  def for_cells(f, *arrays):
-    return jax.vmap(f, in_axes=(axes, *[0] * len(arrays)))(attached, *arrays)
-
   head = head_kernel(model, base, pack.cells * prompts_BT.shape[0])
   prompts = (prompts_BT, lengths_B, features)
-  return _continue(model, for_cells, head, pack.cells, *prompts, max_new_tokens, eos_id)
+  return _continue(model, pack.over_cells(base), head, pack.cells, *prompts, max_new_tokens, eos_id)
 
 
 def _continue(

@@ -12,8 +12,9 @@ arrays.
 True
 """
 
+import dataclasses
 import functools
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -42,6 +43,9 @@ class LoraKernel:
     dropout_rate: share of the input's entries that are dropped; read only where
       there is a key.
     gain: (out,), float32, what each output is multiplied by (DoRA), or None.
+    used: bool scalar, whether there is an update at all: one of zeros, as a cell of a union
+      tree has, is then neither computed nor pulled back. Not for `vmap`, under which both
+      ways would be gone. None: there is one.
   """
 
   w: Kernel
@@ -51,6 +55,7 @@ class LoraKernel:
   dropout_key: jax.Array | None = None
   dropout_rate: float = flax.struct.field(pytree_node=False, default=0.0)
   gain: jax.Array | None = None
+  used: jax.Array | None = None
 
 
 def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -75,6 +80,10 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
     # like any other; over two, XLA on a CPU takes several times as long.
     flat = dot(x.reshape(-1, x.shape[-1]), kernel, dtype)
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
+  if kernel.used is not None:
+    nothing: Any = dict.fromkeys(('a', 'b', 'gain'))
+    rest = dataclasses.replace(kernel, **nothing)
+    return _unless_idle(dtype or x.dtype, x, kernel.a, kernel.b, kernel.gain, rest)
   base = dot(x, kernel.w, dtype)
   seen = x
   if kernel.dropout_key is not None:
@@ -91,6 +100,42 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   # In float32: a gain rounded to bfloat16 could not leave 1 by little.
   gain = jnp.broadcast_to(kernel.gain, base.shape)
   return (base + (gain - 1) * of_base + gain * update).astype(base.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unless_idle(dtype, x, a, b, gain, rest: LoraKernel) -> jax.Array:
+  """`dot` by one of two branches; its gradient takes the same, which `cond` alone does not.
+
+  Differentiating `cond` would keep for the backward pass what either branch wants kept.
+  """
+  return jax.lax.cond(rest.used, *_branches(dtype), x, a, b, gain, rest)
+
+
+def _unless_idle_forward(dtype, *arguments):
+  return _unless_idle(dtype, *arguments), arguments
+
+
+def _unless_idle_backward(dtype, held, gradient):
+  def pulled(branch):
+    def of(gradient, *held):
+      *differentiable, rest = held
+      return jax.vjp(lambda *some: branch(*some, rest), *differentiable)[1](gradient)
+
+    return of
+
+  return *jax.lax.cond(held[-1].used, *map(pulled, _branches(dtype)), gradient, *held), None
+
+
+_unless_idle.defvjp(_unless_idle_forward, _unless_idle_backward)
+
+
+def _branches(dtype):
+  """The product with the update, and without."""
+
+  def adapted(x, a, b, gain, rest):
+    return dot(x, dataclasses.replace(rest, a=a, b=b, gain=gain, used=None), dtype)
+
+  return adapted, lambda x, a, b, gain, rest: dot(x, rest.w, dtype)
 
 
 def _kept(key: jax.Array, share: float, x: jax.Array) -> jax.Array:

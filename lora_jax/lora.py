@@ -109,6 +109,7 @@ def attach(
   scale: Scale,
   dropout_key: jax.Array | None = None,
   dropout_rate: float = 0.0,
+  may_be_idle: bool = False,
 ) -> dict:
   """Puts adapters onto their kernels; no base array is copied.
 
@@ -121,6 +122,8 @@ def attach(
     dropout_key: a key while training with dropout, or (B,) keys, one for each row of the
       batch, whose dropout then depends on no other row; None otherwise.
     dropout_rate: share of an adapter's input that is dropped, where there is a key.
+    may_be_idle: whether some modules may have a scale of 0, which are then to cost nothing;
+      see `LoraKernel.used`.
 
   Returns:
     The base's tree with a `LoraKernel` in place of each adapted kernel.
@@ -138,7 +141,8 @@ def attach(
     if dropout_key is not None and dropout_rate > 0:
       # The parts of a fused module see one input, and so drop the same of it.
       keys = _dropout_keys(dropout_key, module.owner, scales.shape)
-    flat[f'{path}/kernel'] = LoraKernel(w, *pair, keys, dropout_rate, gain)
+    used = scales != 0 if may_be_idle else None
+    flat[f'{path}/kernel'] = LoraKernel(w, *pair, keys, dropout_rate, gain, used)
   return unflatten_dict(flat, sep='/')
 
 

@@ -48,19 +48,41 @@ class Pack:
     """C."""
     return next(iter(self.scales.values())).shape[0]
 
-  def attach(self, base: Mapping[str, Any]) -> tuple[dict, Any]:
-    """All cells' adapters on their base, and the axes by which `vmap` tells cells apart.
+  def over_cells(self, base: Mapping[str, Any]) -> Callable[..., Any]:
+    """A function that calls `f(params, *arrays)` for every cell.
 
-    Whatever attaching computes is computed once, and the base stays without the axis C.
+    What it is given and gives back leads with C. Whatever attaching computes is computed
+    once, and the base stays without that axis.
     """
+    if self.cells == 1:
+      cell = jax.tree.map(_alone, self)
+      params = lora.attach(base, cell.adapters, cell.scales, may_be_idle=may_be_idle(1))
+
+      def alone(f: Callable[..., Any], *arrays: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[None], f(params, *jax.tree.map(_alone, arrays)))
+
+      return alone
+    attached, axes = self._attach(base)
+    return lambda f, *arrays: jax.vmap(f, in_axes=(axes, *[0] * len(arrays)))(attached, *arrays)
+
+  def _attach(self, base: Mapping[str, Any]) -> tuple[dict, Any]:
+    """All cells' adapters on their base, and the axes by which `vmap` tells cells apart."""
     one = lambda cell: lora.attach(base, cell.adapters, cell.scales)
-    first = jax.eval_shape(lambda pack: one(jax.tree.map(lambda leaf: leaf[0], pack)), self)
+    first = jax.eval_shape(lambda pack: one(jax.tree.map(_alone, pack)), self)
     own = lora.replaced(self.adapters)
     kernel = lambda node: isinstance(node, LoraKernel | QuantizedKernel)
     nodes = jax.tree_util.tree_leaves_with_path(first, is_leaf=kernel)
     axes = [0 if _path(path) in own else _cell_axes(node) for path, node in nodes]
     tree = jax.tree.unflatten(jax.tree.structure(first, is_leaf=kernel), axes)
     return jax.vmap(one, out_axes=tree)(self), tree
+
+
+def may_be_idle(cells: int) -> bool:
+  """Whether modules that a cell does not adapt are skipped, as `LoraKernel.used` has it.
+
+  Only one cell can do so, and on a GPU the host would have to wait at each of its branches.
+  """
+  return cells == 1 and jax.default_backend() == 'cpu'
 
 
 def kind(adapters: Mapping[str, Any], config: LoraConfig) -> tuple:
@@ -181,6 +203,10 @@ def _cell_axes(node: Any) -> Any:
   own: dict[str, Any] = dict.fromkeys(('a', 'b', 'scale'), 0)
   gain = None if node.gain is None else 0
   return dataclasses.replace(node, w=_cell_axes(node.w), gain=gain, **own)
+
+
+def _alone(leaf: Any) -> Any:
+  return leaf[0]
 
 
 def _path(keys: Sequence[Any]) -> str:

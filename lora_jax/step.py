@@ -115,9 +115,10 @@ def batch_loss(
   dropout_key: jax.Array | None = None,
   dropout_rate: float = 0.0,
   chunk: int = CHUNK,
+  may_be_idle: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Sum of the losses of a batch's completion tokens, in nats, and how many there are."""
-  params = lora.attach(base, adapters, scale, dropout_key, dropout_rate)
+  params = lora.attach(base, adapters, scale, dropout_key, dropout_rate, may_be_idle)
   features = Features(batch['features'], batch['slots']) if 'features' in batch else None
   hidden_BTD, _ = model.apply(
     {'params': params}, batch['tokens'], batch['positions'], batch['segments'], features=features
@@ -152,7 +153,8 @@ def make_step(
       # Of each row of the batch, so that it does not matter how many there are in a part.
       rows = part['tokens'].shape[0]
       keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, number * rows + jnp.arange(rows))
-      return batch_loss(model, base, adapters, part, state.scales, keys, dropout, _chunk(cells))
+      of_cells = (_chunk(cells), packs.may_be_idle(cells))
+      return batch_loss(model, base, adapters, part, state.scales, keys, dropout, *of_cells)
 
     part_grads = jax.value_and_grad(total_loss, has_aux=True)
     of_part = lambda number, part: part_grads(state.adapters, number, part)
@@ -189,7 +191,8 @@ def make_evaluation(
 
   def one(pack: packs.Pack, base: Params, batch: Mapping[str, Any]):
     def of_part(number, part):
-      return batch_loss(model, base, pack.adapters, part, pack.scales, chunk=_chunk(cells))
+      of_cells = {'chunk': _chunk(cells), 'may_be_idle': packs.may_be_idle(cells)}
+      return batch_loss(model, base, pack.adapters, part, pack.scales, **of_cells)
 
     return _summed(of_part, batch)
 

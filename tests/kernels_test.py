@@ -161,3 +161,55 @@ def test_dense_is_what_dot_multiplies_by():
   inner = lora_kernel(seed=1)
   kernel = lora_kernel(seed=2, w=inner).replace(gain=draw(OUT))
   np.testing.assert_allclose(x @ dense(kernel, jnp.float32), dot(x, kernel), atol=1e-4)
+
+
+def loss_and_gradients(kernel, x):
+  """Of what differentiates: `x`, A, B and the gain; under `jit`, `remat` and a scan over layers."""
+  stacked = lambda leaf: jnp.stack([leaf, leaf])
+  rest = jax.tree.map(stacked, kernel.replace(a=None, b=None, gain=None))
+
+  def loss(x, a, b, gain):
+    @jax.checkpoint
+    def layer(x, rest):
+      out = dot(x, rest.replace(a=a, b=b, gain=gain))
+      return jnp.tanh(out @ jnp.ones((OUT, IN), x.dtype) / OUT), None
+
+    return jnp.sum(jax.lax.scan(layer, x, rest)[0].astype(jnp.float32) ** 2)
+
+  differentiable = (0, 1, 2) if kernel.gain is None else (0, 1, 2, 3)
+  compiled = jax.jit(jax.value_and_grad(loss, differentiable))
+  return compiled(x, kernel.a, kernel.b, kernel.gain)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'gain': draw(OUT)},
+    {'dropout_key': jax.random.key(3), 'dropout_rate': 0.5},
+  ],
+)
+def test_an_update_in_use_is_the_same_behind_a_branch(dtype, changes):
+  x = draw(2, 5, IN).astype(dtype)
+  plain = lora_kernel(**changes)
+  value, gradients = loss_and_gradients(plain, x)
+  behind = loss_and_gradients(plain.replace(used=jnp.bool_(True)), x)
+  np.testing.assert_allclose(value, behind[0], rtol=1e-6)
+  for one, other in zip(gradients, behind[1], strict=True):
+    assert one.dtype == other.dtype
+    np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-5)
+  assert all(np.abs(gradient).max() > 0 for gradient in gradients)
+
+
+def test_an_update_that_is_not_used_is_as_if_there_were_none():
+  x = draw(2, 5, IN)
+  # As in a union tree, but not of zeros, to see that it is not looked at.
+  idle = lora_kernel(used=jnp.bool_(False), dropout_key=jax.random.key(3), dropout_rate=0.5)
+  none = lora_kernel(w=idle.w).replace(a=0 * idle.a, b=0 * idle.b)
+  (value, (of_x, of_a, of_b)) = loss_and_gradients(idle, x)
+  expected, (expected_of_x, _, _) = loss_and_gradients(none, x)
+  assert value == expected
+  np.testing.assert_array_equal(of_x, expected_of_x)
+  assert not of_a.any()
+  assert not of_b.any()
