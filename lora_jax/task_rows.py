@@ -68,6 +68,12 @@ class TaskRows:
     encoded = encode_split(posed, examples, base.tokenizer, limits, eyes)
     # The last rows watch the loss; too few rows to share all train.
     kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
+    if kept_out < config.eval_rows:
+      print(
+        f'{task.name}: no loss is watched, since {len(encoded)} rows are too few to keep '
+        f'{config.eval_rows} out; lower --eval_rows',
+        file=sys.stderr,
+      )
     self.train = encoded[: len(encoded) - kept_out]
     self._watched = watched = encoded[len(encoded) - kept_out :]
     if not self.train:

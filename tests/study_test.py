@@ -8,6 +8,7 @@ from lora_jax.hub import bases
 from lora_jax.presets import PRESETS
 from lora_jax.records import RunDirectory
 from lora_jax.study import Grid, Study
+from lora_jax.task_rows import TaskRows
 
 SMOKE = PRESETS['smoke']
 SETTINGS = dataclasses.replace(
@@ -55,3 +56,17 @@ def test_what_was_trained_before_an_interruption_is_not_trained_again(tmp_path, 
     assert record['scores']['rows'] == other[name]['scores']['rows']
     assert record.get('train', {}).get('losses') == other[name].get('train', {}).get('losses')
   assert not [*(stopped / 'cells').glob('*.trained')]
+
+
+def test_rows_too_few_to_watch_a_loss_on_are_told(tmp_path, capsys):
+  settings = dataclasses.replace(
+    SETTINGS, train=dataclasses.replace(SETTINGS.train, train_rows=6, eval_rows=4)
+  )
+  source = sources.Synthetic(seed=0, train=6, test=2)
+  rows = TaskRows(GRID.tasks[0], source, bases.load('tiny'), settings, tmp_path, None)
+  assert (len(rows.train), rows.eval_batches) == (6, [])
+  assert 'medmcqa: no loss is watched, since 6 rows' in capsys.readouterr().err
+  few = dataclasses.replace(settings, train=dataclasses.replace(settings.train, eval_rows=3))
+  rows = TaskRows(GRID.tasks[0], source, bases.load('tiny'), few, tmp_path, None)
+  assert (len(rows.train), len(rows.eval_batches)) == (3, 1)
+  assert capsys.readouterr().err == ''
