@@ -30,7 +30,7 @@ import jax
 from absl import app, flags, logging
 
 from benchmarks import batches as batching
-from benchmarks import grid, train
+from benchmarks import grid, peer, side, train
 from experiments import _launcher
 from launch import local
 from lora_jax import lora
@@ -181,6 +181,8 @@ def _backend(python: str) -> str:
 
 def main(options: Options, keep: str | None) -> None:
   """Checks the machine, measures, prints; records go to the file `keep` part by part."""
+  side.check_json(keep)
+  peer.check_targets((options.targets,))
   gpu = check_gpu()
   print(f'{gpu}: single adapter beside PEFT, the grid beside its loop, and a 1.5B shape')
   python = gpu_python()

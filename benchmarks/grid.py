@@ -39,7 +39,7 @@ from rich.console import Console
 from benchmarks import batches as batching
 from benchmarks import peer, side
 from benchmarks.train import DTYPES, PEER_ROWS
-from experiments import _flags, _launcher
+from experiments import _launcher
 from lora_jax import lora
 from lora_jax.data import builder, encode, pipeline, sources, tasks
 from lora_jax.data.task import Task
@@ -266,7 +266,7 @@ def compare(options: Options, python: str = sys.executable) -> dict[str, Any]:
     UserError: a dataset that cannot be posed, a peer that cannot be installed, or a side
       that failed.
   """
-  _flags.check_targets(options.targets)
+  peer.check_targets(options.targets)
   peer.python()
   (task,) = tasks.by_names([options.dataset])
   if task.needs_vision:
@@ -372,6 +372,7 @@ if __name__ == '__main__':
     # This process trains nothing; an accelerator's memory is for those that do.
     jax.config.update('jax_platforms', 'cpu')
     with exit_on_user_error():
+      side.check_json(_JSON.value)
       values: dict[str, Any] = {name: flag.value for name, flag in _FLAGS.items()}
       values['targets'] = tuple(dict.fromkeys(map(lora.canonical, values['targets'])))
       values['peer_dtypes'] = tuple(dict.fromkeys(values['peer_dtypes']))

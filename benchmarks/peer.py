@@ -16,8 +16,10 @@ from typing import Any
 
 from benchmarks import batches as batching
 from benchmarks import side
+from experiments import _flags
 from launch import local
 from lora_jax.errors import UserError
+from lora_jax.targets import FUSED
 
 # The versions that `benchmarks/tunix_peer.py` was written for.
 _TUNIX = ('google-tunix==0.1.7', 'qwix==0.1.8')
@@ -60,6 +62,16 @@ def tunix_python(root: Path = local.ROOT) -> Path:
         raise UserError(f'Tunix could not be installed: see {log}, or leave tunix out of --peers')
   stamp.write_text(wanted)
   return interpreter
+
+
+def check_targets(targets: Sequence[str]) -> None:
+  """Raises `UserError` for a set that matches nothing, or that peers have no modules for."""
+  _flags.check_targets(targets)
+  for names in targets:
+    fused = sorted({*names.split(',')} & {*FUSED})
+    if fused:
+      apart = ','.join(FUSED[fused[0]])
+      raise UserError(f'--targets={names}: peers have no {fused[0]}; give {apart}')
 
 
 def run_peft(

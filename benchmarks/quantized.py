@@ -27,6 +27,7 @@ from absl import app, flags, logging
 from flax.traverse_util import flatten_dict
 from rich.console import Console
 
+from benchmarks import side
 from experiments import _launcher
 from lora_jax import lora
 from lora_jax.config import QUANTIZE, LoraConfig, OptimConfig
@@ -223,6 +224,7 @@ if __name__ == '__main__':
   def _main(_):
     logging.set_verbosity(logging.WARNING)
     with exit_on_user_error():
+      side.check_json(_JSON.value)
       values: dict[str, Any] = {name: flag.value for name, flag in _FLAGS.items()}
       values['targets'] = tuple(dict.fromkeys(map(lora.canonical, values['targets'])))
       options = Options(**values)

@@ -12,6 +12,17 @@ from launch import local
 from lora_jax.errors import UserError
 
 
+def check_json(path: str | None) -> None:
+  """Raises `UserError` where records could not be kept: to be known before minutes of runs."""
+  if not path:
+    return
+  file = Path(path)
+  if file.is_dir() or not file.parent.is_dir():
+    raise UserError(f'--json={path}: give a file in a directory that is there')
+  if not os.access(file if file.exists() else file.parent, os.W_OK):
+    raise UserError(f'--json={path}: it is not yours to write; give another file')
+
+
 def run(
   command: Sequence[str], record: Path, who: str, environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from rich.console import Console
 
 from benchmarks import batches as batching
 from benchmarks import flops, peer, side
-from experiments import _flags, _launcher
+from experiments import _launcher
 from lora_jax import lora
 from lora_jax.config import ModelConfig
 from lora_jax.data import builder, encode, medmcqa, pipeline, sources
@@ -212,7 +212,7 @@ def compare(options: Options, python: str = sys.executable) -> dict[str, dict[st
   Raises:
     UserError: a peer cannot be installed or run, before anything is trained; or a side failed.
   """
-  _flags.check_targets((options.targets,))
+  peer.check_targets((options.targets,))
   prepare(options.sides)
   base = bases.load(options.base)
   paths = lora.resolve(options.targets, base.params)
@@ -307,7 +307,9 @@ if __name__ == '__main__':
       'peer_dtypes', list(DTYPES), DTYPES, "Of the peers' side; repeat for more."
     ),
     'peer_compile': flags.DEFINE_bool('peer_compile', False, 'PEFT under torch.compile too.'),
-    'train_rows': flags.DEFINE_integer('train_rows', 400, 'Rows to draw batches from.'),
+    'train_rows': flags.DEFINE_integer(
+      'train_rows', 400, 'Rows to draw batches from.', lower_bound=1
+    ),
     'tokens_per_batch': flags.DEFINE_integer('tokens_per_batch', 2048, 'Of our packed batches.'),
     'max_length': flags.DEFINE_integer('max_length', 1024, 'Longest row, in tokens.'),
   }
@@ -318,6 +320,7 @@ if __name__ == '__main__':
     # This process trains nothing; an accelerator's memory is for those that do.
     jax.config.update('jax_platforms', 'cpu')
     with exit_on_user_error():
+      side.check_json(_JSON.value)
       values: dict[str, Any] = {name: flag.value for name, flag in _FLAGS.items()}
       of_sides = {name: values.pop(name) for name in ('dtype', 'peer_compile')}
       for name in ('peers', 'peer_dtypes'):

@@ -132,6 +132,10 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
     ('train', ['--peers=trl'], 'peft, tunix'),
     ('train', ['--peers='], 'peft, tunix'),
     ('grid', ['--targets=o_proj['], 'o_proj['),
+    ('grid', ['--targets=o_proj', '--targets=fc2,qkv_proj'], 'give q_proj,k_proj,v_proj'),
+    ('train', ['--targets=gate_up_proj'], 'give gate_proj,up_proj'),
+    ('train', ['--json=/no/such/place.json'], '--json=/no/such/place.json'),
+    ('grid', ['--json=/'], '--json=/'),
   ],
 )
 def test_a_mistake_is_one_line(module, arguments, says):
