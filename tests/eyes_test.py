@@ -160,3 +160,5 @@ def test_there_is_room_for_the_embeddings_of_rows_however_they_are_packed(seed):
       assert sum(embeddings[i] for i in group) <= bound <= 100
   assert most_embeddings([(3, 0), (90, 0)], room=100) == 0
   assert most_embeddings([(3, 0), (97, 97)], room=97) == 97
+  # Two rows that just fit; 64 / 98 is rounded down, and twice it falls below.
+  assert most_embeddings([(98, 64), (98, 64)], room=196) == 128

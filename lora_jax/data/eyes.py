@@ -11,7 +11,6 @@ features are found again (`lora_jax.data.features`), and how it is cut.
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -117,6 +116,5 @@ def most_embeddings(rows: Sequence[tuple[int, int]], room: int) -> int:
   Returns:
     A bound that holds however they are packed; 0 where none has any.
   """
-  densest = max(embeddings / tokens for tokens, embeddings in rows)
-  # Never less than the most of one row, whatever rounding does.
-  return max(math.floor(room * densest), max(embeddings for _, embeddings in rows))
+  # In whole numbers: a quotient that is rounded down leaves no room for rows that just fit.
+  return max(room * embeddings // tokens for tokens, embeddings in rows)
