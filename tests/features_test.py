@@ -70,6 +70,36 @@ def test_a_damaged_file_is_no_file(tmp_path, how):
   np.testing.assert_array_equal(files.read(one), values(one))
 
 
+def test_whatever_bit_of_its_directory_is_wrong_a_file_is_none_or_the_same(tmp_path):
+  files, (one, *_) = FeatureFiles(tmp_path, WIDTH, np.float32), pictures()
+  files.write(one, values(one))
+  (file,) = tmp_path.rglob('*.npz')
+  whole = file.read_bytes()
+  directory = whole.index(values(one).tobytes()) + values(one).nbytes
+  for place in range(directory, len(whole)):
+    for bit in range(8):
+      changed = bytearray(whole)
+      changed[place] ^= 1 << bit
+      file.write_bytes(changed)
+      read = files.read(one)
+      assert read is None or np.array_equal(read, values(one)), (place, bit)
+
+
+@pytest.mark.parametrize('kind', ['array', 'pickle', 'directory'])
+def test_a_file_of_another_kind_is_no_file(tmp_path, kind):
+  files, (one, *_) = FeatureFiles(tmp_path, WIDTH, np.float32), pictures()
+  files.write(one, values(one))
+  (file,) = tmp_path.rglob('*.npz')
+  file.unlink()
+  if kind == 'directory':
+    file.mkdir()
+  else:
+    with file.open('wb') as stream:
+      held = values(one) if kind == 'array' else np.asarray([None])
+      np.save(stream, held, allow_pickle=kind == 'pickle')
+  assert files.read(one) is None
+
+
 def test_features_of_another_shape_are_not_these(tmp_path):
   one, _ = pictures()
   FeatureFiles(tmp_path, WIDTH, np.float32).write(one, values(one)[:-1])

@@ -13,7 +13,6 @@ checksum: npz is a zip archive.
 import contextlib
 import os
 import threading
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +20,6 @@ import numpy as np
 
 from lora_jax.data.eyes import Picture
 from lora_jax.errors import UserError
-
-# What reading a file that is damaged in whatever way raises.
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 
 
 class FeatureFiles:
@@ -47,7 +43,8 @@ class FeatureFiles:
       with self._file(picture).open('rb') as stream, np.load(stream) as held:
         # As bytes: numpy has no name for bfloat16 in a file.
         values_ED = held['values'].view(self.dtype)
-    except _DAMAGED:
+    # Readers raise whatever the bytes led them to.
+    except Exception:
       return None
     return values_ED if values_ED.shape == (picture.embeddings, self.width) else None
 
