@@ -267,10 +267,10 @@ def compare(options: Options, python: str = sys.executable) -> dict[str, Any]:
       that failed.
   """
   peer.check_targets(options.targets)
-  peer.python()
   (task,) = tasks.by_names([options.dataset])
   if task.needs_vision:
     raise UserError(f'--dataset={options.dataset} needs a base that sees; give another')
+  peer.python()
   base = bases.load(options.base)
   rows = Rows(options, base, task)
   ours = run_ours(options, python)

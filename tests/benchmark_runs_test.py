@@ -136,6 +136,7 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
     ('train', ['--targets=gate_up_proj'], 'give gate_proj,up_proj'),
     ('train', ['--json=/no/such/place.json'], '--json=/no/such/place.json'),
     ('grid', ['--json=/'], '--json=/'),
+    ('grid', ['--dataset=medmca'], 'medmcqa'),
   ],
 )
 def test_a_mistake_is_one_line(module, arguments, says):
