@@ -13,6 +13,7 @@ import datetime
 import functools
 import io
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -52,7 +53,7 @@ _WIDTH = 384
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cell:
+class Cell:
   """One OCR word group: its text and where it stands on its line (0 left .. 1 right)."""
 
   text: str
@@ -60,19 +61,32 @@ class _Cell:
 
 
 # A printed line is its cells from left to right.
-_Line = tuple[_Cell, ...]
+Line = tuple[Cell, ...]
 
 
-def _left(text: str) -> _Line:
-  return (_Cell(text, 0.0),)
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+  """What a receipt says.
+
+  Attributes:
+    lines: printed lines from top to bottom, each its cells from left to right.
+    fields: company, date, address and total, as printed.
+  """
+
+  lines: tuple[Line, ...]
+  fields: dict[str, str]
 
 
-def _centre(text: str) -> _Line:
-  return (_Cell(text, 0.5),)
+def _left(text: str) -> Line:
+  return (Cell(text, 0.0),)
 
 
-def _pair(label: str, value: str) -> _Line:
-  return (_Cell(label, 0.0), _Cell(value, 1.0))
+def _centre(text: str) -> Line:
+  return (Cell(text, 0.5),)
+
+
+def _pair(label: str, value: str) -> Line:
+  return (Cell(label, 0.0), Cell(value, 1.0))
 
 
 def rows(seed: int, count: int) -> list[dict[str, Any]]:
@@ -84,7 +98,8 @@ def rows(seed: int, count: int) -> list[dict[str, Any]]:
   return [_row(random.Random(f'receipt:{seed}:{i}'), f'receipt-{seed}-{i}') for i in range(count)]
 
 
-def _row(rng: random.Random, row_id: str) -> dict[str, Any]:
+def compose(rng: random.Random) -> Receipt:
+  """What a receipt says, before it is drawn."""
   shout = rng.random() < 0.6
   company_words = f'{rng.choice(_OWNERS)} {rng.choice(_TRADES)} {rng.choice(_FORMS)}'
   company = company_words.upper() if shout else company_words
@@ -107,13 +122,17 @@ def _row(rng: random.Random, row_id: str) -> dict[str, Any]:
   else:
     lines += body + date_lines
   lines.append(_centre(rng.choice(_GREETINGS)))
-
-  words, boxes, image = _render(lines)
   gold = {'company': company, 'date': date, 'address': ' '.join(address), 'total': total}
+  return Receipt(tuple(lines), gold)
+
+
+def _row(rng: random.Random, row_id: str) -> dict[str, Any]:
+  printed = compose(rng)
+  words, boxes, image = _render(printed.lines)
   return {
     'id': row_id,
     'image': image,
-    'parsed_data': compact({'xml': '', 'json': compact(gold), 'kie': ''}),
+    'parsed_data': compact({'xml': '', 'json': compact(printed.fields), 'kie': ''}),
     'raw_data': compact({'ocr_words': words, 'ocr_boxes': boxes}),
   }
 
@@ -127,7 +146,7 @@ def _address(rng: random.Random) -> list[str]:
   return lines
 
 
-def _date(rng: random.Random) -> tuple[str, list[_Line]]:
+def _date(rng: random.Random) -> tuple[str, list[Line]]:
   """The date as printed, and the lines that hold it among other numbers."""
   day = datetime.date(2015, 1, 1) + datetime.timedelta(days=rng.randrange(3650))
   date = day.strftime(rng.choice(_DATES))
@@ -144,7 +163,7 @@ def _date(rng: random.Random) -> tuple[str, list[_Line]]:
   return date, lines
 
 
-def _body(rng: random.Random) -> tuple[str, list[_Line]]:
+def _body(rng: random.Random) -> tuple[str, list[Line]]:
   """The total as printed, and the lines from the first item to the change."""
   currency = rng.choice(('RM', '$', 'EUR ', ''))
   lines = []
@@ -189,7 +208,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
   return ImageFont.load_default(size=15)
 
 
-def _render(lines: list[_Line]) -> tuple[list[str], list[list[list[int]]], bytes]:
+def _render(lines: Sequence[Line]) -> tuple[list[str], list[list[list[int]]], bytes]:
   """Words, their boxes as four corner points (x, y) in pixels, and the PNG."""
   margin, height = 12, 21
   image = Image.new('L', (_WIDTH, 2 * margin + height * len(lines)), color=255)
