@@ -17,15 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lora_jax.config import ImageConfig, ModelConfig, VisionConfig
 from lora_jax.errors import UserError
-from lora_jax.hub import huggingface, image_processor, tokenizer_hf, tokenizer_save
+from lora_jax.hub import (
+  huggingface,
+  image_processor,
+  safetensors_file,
+  tokenizer_hf,
+  tokenizer_save,
+)
 from lora_jax.hub.bases import Base
 from lora_jax.hub.chat_template import IMAGE
 from lora_jax.hub.hf_llama import llama_settings
+from lora_jax.hub.safetensors_file import Tensor
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.records import write_json
+from lora_jax.transformer import abstract_params
 
 # Tiles a side that have a token; an image of more of them spells their places out.
 _SIDE = 6
@@ -173,3 +182,38 @@ def _describe(
     directory / 'processor_config.json',
     {'processor_class': 'Idefics3Processor', 'image_seq_len': vision.embeddings(images.tile)},
   )
+
+
+def write_sight(path: Path, sight: Mapping[str, Any]) -> None:
+  """Writes a tower and its connector alone, in float16: a few MB.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  leaves: dict[str, Any] = dict(flatten_dict(dict(sight), sep='/'))
+  tensors = {name: Tensor('F16', tuple(leaf.shape)) for name, leaf in leaves.items()}
+  safetensors_file.write(path, tensors, lambda name: np.asarray(leaves[name]))
+
+
+def read_sight(path: Path, config: ModelConfig) -> dict[str, Any]:
+  """What `write_sight` wrote, in float32.
+
+  Args:
+    path: the file.
+    config: of a model that sees with such a tower.
+
+  Raises:
+    UserError: it is not there, is damaged, or is of another shape.
+  """
+  whole = abstract_params(config)
+  expected: dict[str, Any] = dict(
+    flatten_dict({name: whole[name] for name in ('vision', 'connector')}, sep='/')
+  )
+  file = safetensors_file.open_file(path)
+  for name in sorted({*expected, *file.tensors}):
+    found = file.tensors[name].shape if name in file.tensors else 'missing'
+    wanted = tuple(expected[name].shape) if name in expected else 'nothing'
+    if found != wanted:
+      raise UserError(f'{path}: {name} is {found}, and {wanted} was expected; train it again')
+  leaves = {name: np.asarray(file.read(name), np.float32) for name in expected}
+  return unflatten_dict(leaves, sep='/')

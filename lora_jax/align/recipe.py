@@ -1,0 +1,119 @@
+"""All that decides an aligned tower, with its costs.
+
+On an image of 864 x 864 pixels at most, cut into tiles of 288 with the whole as one more, a
+receipt of 1 : 2 is 3 x 2 + 1 = 7 tiles of 81 embeddings: 567 tokens and 16 that say where.
+An embedding looks at 32 pixels; a scan that is 768 pixels high is looked at 1.1 times as large,
+so that a cell is 28 of its pixels high: three or four characters of the smallest print. One
+tile alone (`--image_edge=288`) is 81 tokens and does for drawings of a few large things.
+
+A tile is T = 324 patches. Each layer costs 24 D^2 + 4 T D FLOPs a patch, 1.1e6 at D = 192, so
+six layers are 2.2 GFLOP a tile and 6.6 when trained; a language model of 106e6 parameters in its
+blocks costs 0.42 GFLOP a token when it is frozen and differentiated through: 95 GFLOP for the
+224 tokens of a tile with its question and answer. So most is learnt by reading.
+"""
+
+import dataclasses
+
+from lora_jax.config import ImageConfig, VisionConfig
+
+VISION = VisionConfig(
+  image_size=288,
+  patch_size=16,
+  model_dim=192,
+  num_layers=6,
+  num_heads=6,
+  mlp_dim=768,
+  shuffle=2,
+  image_token=0,  # Set when it is joined to a base.
+)
+IMAGES = ImageConfig(longest_edge=864, tile=288)
+
+# Kind -> how often it is drawn.
+SHEETS = {'note': 4.0, 'page': 3.0, 'receipt': 4.0, 'table': 1.5, 'chart': 1.0}
+PUZZLES = {
+  'grid': 1.5, 'ring': 0.8, 'rows': 1.2, 'scatter': 0.8, 'bars': 0.8, 'wheel': 0.8, 'venn': 0.8,
+  'triads': 0.8, 'nest': 0.5,
+}  # fmt: skip
+_SMALL = {'note': 4.0, 'table': 1.0, 'chart': 1.0, **PUZZLES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage.
+
+  Attributes:
+    name: 'read', or any other: those speak.
+    steps: updates.
+    rows: of a batch: tiles to read, or conversations.
+    learning_rate: its peak, after a warm-up and before a cosine decay to a tenth.
+    kinds: pairs of a kind of drawing and how often it is drawn.
+    edges: how long an image's longer side may be made; tiles at a time.
+    length: tokens of a conversation with its image (speak).
+    tiles: of one conversation's image, at most (speak).
+    eval_batches: batches of drawings kept out, in faces that are learnt and again in faces
+      that are not.
+    eval_every: updates between two looks at them, and between two checkpoints.
+  """
+
+  name: str
+  steps: int
+  rows: int
+  learning_rate: float
+  kinds: tuple[tuple[str, float], ...]
+  edges: tuple[int, ...] = (1, 2, 3)
+  length: int = 0
+  tiles: int = 0
+  eval_batches: int = 4
+  eval_every: int = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a tower comes about.
+
+  Attributes:
+    base: the language model, by name.
+    vision: shape of the tower.
+    images: how images are made ready for it.
+    stages: in order.
+    seed: of parameters and drawings.
+    weight_decay: decoupled, of kernels.
+    clip_norm: largest global norm of a gradient.
+    warmup: share of a stage's steps over which its rate rises.
+    dtype: of products.
+    remat: recompute blocks in the backward pass to save memory.
+  """
+
+  base: str
+  stages: tuple[Stage, ...]
+  vision: VisionConfig = VISION
+  images: ImageConfig = IMAGES
+  seed: int = 0
+  weight_decay: float = 0.05
+  clip_norm: float = 1.0
+  warmup: float = 0.05
+  dtype: str = 'float32'
+  remat: bool = False
+
+
+def _stages(
+  read: tuple[int, int, float],
+  speak: tuple[int, int, float],
+  whole: tuple[int, int, float],
+  every: tuple[int, int, int],
+) -> tuple[Stage, ...]:
+  """Three stages from steps, rows and rate of each, and how often each is looked at."""
+  sheets = (*SHEETS.items(), *PUZZLES.items())
+  return (
+    Stage('read', *read, sheets, eval_every=every[0]),
+    Stage('speak', *speak, (*_SMALL.items(),), (1,), length=224, tiles=1, eval_every=every[1]),
+    Stage(
+      'whole', *whole, (('receipt', 3.0), ('table', 0.5)), (2, 3), length=960, tiles=10,
+      eval_batches=2, eval_every=every[2],
+    ),
+  )  # fmt: skip
+
+
+# For two CPU cores, and for an accelerator, which has time for many more drawings.
+CPU = _stages((4000, 16, 1e-3), (1500, 4, 3e-4), (150, 2, 1e-4), (250, 100, 25))
+ACCELERATOR = _stages((30_000, 256, 1e-3), (8000, 64, 3e-4), (2000, 16, 1e-4), (1000, 500, 250))
