@@ -1,10 +1,13 @@
 """What is asked of each cell is what lies in it."""
 
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 
 from lora_jax.align import cells, read
-from lora_jax.align.recipe import IMAGES, VISION, Recipe, Stage
+from lora_jax.align.recipe import IMAGES, VISION, Drawn, Recipe, Stage
 from lora_jax.config import ImageConfig
 from lora_jax.data import tiles
 from lora_jax.drawings import fonts
@@ -15,6 +18,10 @@ from lora_jax.hub import tiny
 TOKENIZER = tiny.chat_tokenizer()
 CELL = VISION.patch_size * VISION.shuffle
 ACROSS = IMAGES.tile // CELL
+
+
+def edge(longest):
+  return dataclasses.replace(IMAGES, longest_edge=longest)
 
 
 def sheet(side=288):
@@ -29,7 +36,7 @@ def sheet(side=288):
 
 def test_characters_are_in_the_slots_of_their_middles():
   one = sheet()
-  _, (labels,) = cells.cut(one, TOKENIZER, cells.with_edge(IMAGES, 288), VISION)
+  _, (labels,) = cells.cut(one, TOKENIZER, edge(288), VISION)
   found = np.argwhere(labels['characters'] > 0)
   said = {chr(labels['characters'][cell, slot] + ord(' ')): (cell, slot) for cell, slot in found}
   assert set(said) == set('Ag7')
@@ -45,7 +52,7 @@ def test_characters_are_in_the_slots_of_their_middles():
 
 
 def test_tokens_and_shapes_are_in_the_cells_of_their_middles():
-  _, (labels,) = cells.cut(sheet(), TOKENIZER, cells.with_edge(IMAGES, 288), VISION)
+  _, (labels,) = cells.cut(sheet(), TOKENIZER, edge(288), VISION)
   circle = (150 // CELL) * ACROSS + 200 // CELL
   (found,) = np.nonzero(labels['kinds'] > 0)
   assert found.tolist() == [circle]
@@ -58,13 +65,13 @@ def test_tokens_and_shapes_are_in_the_cells_of_their_middles():
 
 
 def test_what_is_too_small_is_not_asked_for():
-  _, (labels,) = cells.cut(sheet(), TOKENIZER, cells.with_edge(IMAGES, 288), VISION)
+  _, (labels,) = cells.cut(sheet(), TOKENIZER, edge(288), VISION)
   (small,) = np.nonzero(labels['asked'] == 0)
   assert set(small // ACROSS) == {(200 + 3) // CELL}
   assert (labels['characters'][small] == cells.IGNORED).all()
   assert (labels['tokens'][small] == cells.IGNORED).all()
   # Twice as large it is.
-  _, held = cells.cut(sheet(), TOKENIZER, cells.with_edge(IMAGES, 576), VISION)
+  _, held = cells.cut(sheet(), TOKENIZER, edge(576), VISION)
   assert all((labels['asked'] == 1).all() for labels in held[:-1])
 
 
@@ -91,13 +98,16 @@ def test_tiles_share_what_is_in_the_image(size):
 
 
 def test_batches_are_functions_of_their_number_and_hold_what_is_asked():
-  stage = Stage('read', 9, 5, 1e-3, tuple((kind, 1.0) for kind in KINDS))
+  stage = Stage('read', 9, 5, 1e-3, tuple(Drawn(kind, 1.0) for kind in KINDS))
   recipe = Recipe('tiny', (stage,))
   batches = read.Batches(recipe, stage, TOKENIZER, fonts.FACES, seed=3)
   one, same, other = batches[4], batches[4], batches[5]
   for name, value in one.items():
     np.testing.assert_array_equal(value, same[name])
   assert not np.array_equal(one['pixels'], other['pixels'])
+  # Drawn in another process they are the same.
+  sent = pickle.loads(pickle.dumps(batches))[4]
+  np.testing.assert_array_equal(sent['pixels'], one['pixels'])
   assert one['pixels'].shape == (5, 288, 288, 3)
   assert one['pixels'].dtype == np.uint8
   candidates = one['candidates']

@@ -10,9 +10,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from lora_jax.align import plot, read, run, sight, speak, state, work
-from lora_jax.align.recipe import ACCELERATOR, CPU, Recipe, Stage
+from lora_jax.align.recipe import ACCELERATOR, CPU, Drawn, Recipe, Stage
 from lora_jax.config import ImageConfig, VisionConfig
 from lora_jax.drawings import fonts
+from lora_jax.drawings.drawing import KINDS
 from lora_jax.errors import UserError
 from lora_jax.hub import bases, seeing
 
@@ -26,9 +27,10 @@ VISION = VisionConfig(
   shuffle=2,
   image_token=0,
 )
-READ = Stage('read', 4, 3, 3e-3, (('note', 1.0), ('scatter', 1.0)), eval_batches=1, eval_every=2)
+BOTH = (Drawn('note', 1.0), Drawn('scatter', 1.0))
+READ = Stage('read', 4, 3, 3e-3, BOTH, eval_batches=1, eval_every=2)
 SPEAK = dataclasses.replace(
-  READ, name='speak', rows=2, edges=(1,), kinds=(('scatter', 1.0),), length=300, tiles=1
+  READ, name='speak', rows=2, drawn=(Drawn('scatter', 1.0, (1,)),), length=300, tiles=1
 )
 RECIPE = Recipe('tiny', (READ, SPEAK), VISION, ImageConfig(longest_edge=128, tile=64))
 
@@ -76,8 +78,8 @@ def test_a_cell_is_asked_for_its_tokens_among_all_that_are_written():
   }
   loss, hits = read._named(plain, rows, batch)
   np.testing.assert_array_equal(hits, [2, 2])
-  # Two right answers to one cell share it: at least log 2, here all of it on one of them.
-  assert 20 / 2 / 2.1 < float(loss) < 20 / 2 / 2 + 1
+  # All on one of two right answers costs half of what missing the other does.
+  assert float(loss) == pytest.approx(20 / 2 / 2.1, rel=1e-4)
   unasked = {**batch, 'asked': jnp.asarray([[1.0, 1, 0]])}
   assert float(read._named(plain, rows, unasked)[0]) < 1e-6
 
@@ -179,5 +181,6 @@ def test_recipes_are_json_and_name_what_can_be_drawn():
   for stages in (CPU, ACCELERATOR):
     assert [stage.name for stage in stages] == ['read', 'speak', 'whole']
     assert json.dumps(dataclasses.asdict(Recipe('tiny', stages)))
+    assert {drawn.kind for drawn in stages[0].drawn} == {*KINDS}
     for stage in stages[1:]:
       assert stage.length > stage.tiles * 81

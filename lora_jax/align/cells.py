@@ -165,11 +165,6 @@ def cut(
   return parts.pixels_IYXC, cells
 
 
-def with_edge(images: ImageConfig, longest: int) -> ImageConfig:
-  """The same, but for how long an image's longer side is made."""
-  return dataclasses.replace(images, longest_edge=longest)
-
-
 def _items(held: Sequence[tuple], columns: int = 0) -> Items:
   xy, values, sizes = ([one[i] for one in held] for i in range(3))
   shape = (-1, columns) if columns else (-1,)

@@ -13,6 +13,7 @@ Three things are asked of an embedding f of the connector, by heads that are thr
 Lengths and cosines are taken from the mean of the table, which all of its rows share.
 """
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ import numpy as np
 from lora_jax.align import cells
 from lora_jax.align.recipe import Recipe, Stage
 from lora_jax.align.sight import Sight
-from lora_jax.drawings import drawing
+from lora_jax.config import ImageConfig
+from lora_jax.drawings.drawing import Drawing, draw
 from lora_jax.drawings.fonts import Face
 from lora_jax.hub.tokenizer import ChatTokenizer
 
@@ -43,10 +45,14 @@ _HEADS = {
 Batch = Mapping[str, Any]
 
 
-def chosen(rng: random.Random, stage: Stage) -> str:
-  """A kind of drawing."""
-  kinds, weights = zip(*stage.kinds, strict=True)
-  return rng.choices(kinds, weights)[0]
+def drawn(
+  rng: random.Random, recipe: Recipe, stage: Stage, seed: int, faces: Sequence[Face]
+) -> tuple[Drawing, ImageConfig]:
+  """A drawing of a stage, and how it is to be cut."""
+  one = rng.choices(stage.drawn, [drawn.often for drawn in stage.drawn])[0]
+  longest = rng.choice(one.edges) * recipe.images.tile
+  images = dataclasses.replace(recipe.images, longest_edge=longest)
+  return draw(one.kind, seed, rng.getrandbits(48), faces), images
 
 
 class Batches:
@@ -73,15 +79,10 @@ class Batches:
     rng = random.Random(f'{self._stage.name} {self._seed} {number}')
     parts, held = [], []
     while len(parts) < self._stage.rows:
-      edges = rng.choice(self._stage.edges) * self._recipe.images.tile
-      seen, of_tiles = cells.cut(
-        drawing.draw(chosen(rng, self._stage), self._seed, rng.getrandbits(48), self._faces),
-        self._tokenizer,
-        cells.with_edge(self._recipe.images, edges),
-        self._recipe.vision,
-      )
-      # Half of a drawing at most, so that a batch has several of them.
-      for tile in rng.sample(range(len(seen)), -(-len(seen) // 2)):
+      one, images = drawn(rng, self._recipe, self._stage, self._seed, self._faces)
+      seen, of_tiles = cells.cut(one, self._tokenizer, images, self._recipe.vision)
+      # A batch has several drawings.
+      for tile in rng.sample(range(len(seen)), min(len(seen), -(-self._stage.rows // 4))):
         parts.append(seen[tile])
         held.append(of_tiles[tile])
     batch = {name: np.stack([one[name] for one in held]) for name in held[0]}

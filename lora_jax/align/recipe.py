@@ -1,7 +1,7 @@
 """All that decides an aligned tower, with its costs.
 
 On an image of 864 x 864 pixels at most, cut into tiles of 288 with the whole as one more, a
-receipt of 1 : 2 is 3 x 2 + 1 = 7 tiles of 81 embeddings: 567 tokens and 16 that say where.
+receipt of 1 : 2 is 3 x 2 + 1 = 7 tiles of 81 embeddings: 567 tokens and some that say where.
 An embedding looks at 32 pixels; a scan that is 768 pixels high is looked at 1.1 times as large,
 so that a cell is 28 of its pixels high: three or four characters of the smallest print. One
 tile alone (`--image_edge=288`) is 81 tokens and does for drawings of a few large things.
@@ -28,13 +28,37 @@ VISION = VisionConfig(
 )
 IMAGES = ImageConfig(longest_edge=864, tile=288)
 
-# Kind -> how often it is drawn.
-SHEETS = {'note': 4.0, 'page': 3.0, 'receipt': 4.0, 'table': 1.5, 'chart': 1.0}
-PUZZLES = {
-  'grid': 1.5, 'ring': 0.8, 'rows': 1.2, 'scatter': 0.8, 'bars': 0.8, 'wheel': 0.8, 'venn': 0.8,
-  'triads': 0.8, 'nest': 0.5,
-}  # fmt: skip
-_SMALL = {'note': 4.0, 'table': 1.0, 'chart': 1.0, **PUZZLES}
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """What is drawn in a stage.
+
+  Attributes:
+    kind: of `lora_jax.drawings.drawing.KINDS`.
+    often: how often, beside the others.
+    edges: how long its longer side may be made, in tiles.
+  """
+
+  kind: str
+  often: float
+  edges: tuple[int, ...] = (1, 2)
+
+
+_PUZZLES = (
+  Drawn('grid', 1.5), Drawn('ring', 0.8), Drawn('rows', 1.2), Drawn('scatter', 0.8),
+  Drawn('bars', 0.8), Drawn('wheel', 0.8), Drawn('venn', 0.8), Drawn('triads', 0.8),
+  Drawn('nest', 0.5),
+)  # fmt: skip
+# Small print is not to be read in one tile.
+_READ = (
+  Drawn('note', 4.0), Drawn('page', 3.0, (2, 3)), Drawn('receipt', 4.0, (2, 3)),
+  Drawn('table', 1.5), Drawn('chart', 1.0), *_PUZZLES,
+)  # fmt: skip
+_SPEAK = tuple(
+  dataclasses.replace(drawn, edges=(1,))
+  for drawn in (Drawn('note', 4.0), Drawn('table', 1.0), Drawn('chart', 1.0), *_PUZZLES)
+)
+_WHOLE = (Drawn('receipt', 3.0, (2, 3)), Drawn('table', 0.5, (2,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +70,7 @@ class Stage:
     steps: updates.
     rows: of a batch: tiles to read, or conversations.
     learning_rate: its peak, after a warm-up and before a cosine decay to a tenth.
-    kinds: pairs of a kind of drawing and how often it is drawn.
-    edges: how long an image's longer side may be made; tiles at a time.
+    drawn: what is drawn.
     length: tokens of a conversation with its image (speak).
     tiles: of one conversation's image, at most (speak).
     eval_batches: batches of drawings kept out, in faces that are learnt and again in faces
@@ -59,8 +82,7 @@ class Stage:
   steps: int
   rows: int
   learning_rate: float
-  kinds: tuple[tuple[str, float], ...]
-  edges: tuple[int, ...] = (1, 2, 3)
+  drawn: tuple[Drawn, ...]
   length: int = 0
   tiles: int = 0
   eval_batches: int = 4
@@ -103,17 +125,14 @@ def _stages(
   every: tuple[int, int, int],
 ) -> tuple[Stage, ...]:
   """Three stages from steps, rows and rate of each, and how often each is looked at."""
-  sheets = (*SHEETS.items(), *PUZZLES.items())
   return (
-    Stage('read', *read, sheets, eval_every=every[0]),
-    Stage('speak', *speak, (*_SMALL.items(),), (1,), length=224, tiles=1, eval_every=every[1]),
-    Stage(
-      'whole', *whole, (('receipt', 3.0), ('table', 0.5)), (2, 3), length=960, tiles=10,
-      eval_batches=2, eval_every=every[2],
-    ),
-  )  # fmt: skip
+    Stage('read', *read, _READ, eval_every=every[0]),
+    Stage('speak', *speak, _SPEAK, length=224, tiles=1, eval_every=every[1]),
+    Stage('whole', *whole, _WHOLE, length=960, tiles=10, eval_batches=2, eval_every=every[2]),
+  )
 
 
-# For two CPU cores, and for an accelerator, which has time for many more drawings.
-CPU = _stages((4000, 16, 1e-3), (1500, 4, 3e-4), (150, 2, 1e-4), (250, 100, 25))
-ACCELERATOR = _stages((30_000, 256, 1e-3), (8000, 64, 3e-4), (2000, 16, 1e-4), (1000, 500, 250))
+# For two CPU cores and two hours, and for an accelerator and minutes: there drawing is what
+# takes the time, so that processes of their own should do it.
+CPU = _stages((4000, 16, 1e-3), (500, 4, 3e-4), (60, 1, 1e-4), (250, 100, 20))
+ACCELERATOR = _stages((8000, 192, 1e-3), (2500, 64, 3e-4), (800, 16, 1e-4), (500, 250, 100))

@@ -69,9 +69,11 @@ def run(
     Whether it is finished.
 
   Raises:
-    UserError: the directory holds a run of another recipe, is in use or cannot be written to;
-      the loss is not finite any more.
+    UserError: the base sees already; the directory holds a run of another recipe, is in use or
+      cannot be written to; the loss is not finite any more.
   """
+  if base.config.vision is not None:
+    raise UserError(f'{base.name} sees already; give a base of text alone')
   directory = RunDirectory(out)
   directory.lock()
   _claim(recipe, base, out / RECIPE)
@@ -160,7 +162,7 @@ def _train(
           'lower --lr'
         )
       numbers = _ratios([held])
-      log({'step': number, 'images_per_second': seen / (time.perf_counter() - began), **numbers})
+      log({'step': number, 'tiles_per_second': seen / (time.perf_counter() - began), **numbers})
       progress.advance(**{name: value for name, value in numbers.items() if finite(value)})
 
     for number in range(start + 1, stage.steps + 1):

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.config import VisionConfig
 from lora_jax.vision import CHANNELS, Connector, VisionTower
@@ -38,7 +39,40 @@ class Sight(nn.Module):
     return self.connector(self.vision(pixels_IYXC))
 
 
-def init(config: VisionConfig, features: int, key: jax.Array) -> dict[str, Any]:
-  """Random float32 parameters 'vision' and 'connector'."""
+def init(
+  config: VisionConfig, features: int, key: jax.Array, length: jax.typing.ArrayLike = 1.0
+) -> dict[str, Any]:
+  """Random float32 parameters 'vision' and 'connector'.
+
+  Args:
+    config: shape of the tower.
+    features: width of the language model.
+    key: of the draws.
+    length: root mean square of an embedding of the language model; a fresh tower's are about
+      as long.
+  """
   pixels_IYXC = jnp.zeros((1, config.image_size, config.image_size, CHANNELS))
-  return dict(Sight(config, features).init(key, pixels_IYXC)['params'])
+  params = Sight(config, features).init(key, pixels_IYXC)['params']
+  vision = dict(params['vision'])
+  # Paper, which is white and so 1 nearly everywhere, begins as nothing: what is seen is ink.
+  patches = dict(vision['patch_embedding'])
+  patches['bias'] = -patches['kernel'].sum(0)
+  side = config.patches(config.image_size)
+  places = {'embedding': jnp.asarray(_waves(side, config.model_dim))}
+  vision |= {'patch_embedding': patches, 'position_embedding': places}
+  # What the tower puts out is of length 1, and a fresh kernel keeps lengths.
+  connector = jax.tree.map(lambda kernel: kernel * length, params['connector'])
+  return {'vision': vision, 'connector': connector}
+
+
+def _waves(side: int, width: int) -> np.ndarray:
+  """Positions to begin with: sines and cosines across and down (Beyer et al. 2022).
+
+  Learnt from small noise, which patch is beside which would have to be found out first.
+  """
+  quarter = -(-width // 4)
+  turns_q = 100.0 ** (-np.arange(quarter) / quarter)
+  waves = lambda at_P: np.concatenate([f(at_P[:, None] * turns_q) for f in (np.sin, np.cos)], 1)
+  down_P, across_P = np.divmod(np.arange(side * side), side)
+  table_PD = np.concatenate([waves(down_P), waves(across_P)], axis=1)[:, :width]
+  return (0.5 * table_PD).astype(np.float32)

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.align import cells
-from lora_jax.align.read import chosen
+from lora_jax.align.read import drawn
 from lora_jax.align.recipe import Recipe, Stage
 from lora_jax.data import tiles
-from lora_jax.drawings import drawing
 from lora_jax.drawings.fonts import Face
 from lora_jax.errors import UserError
 from lora_jax.hub.bases import Base
@@ -53,9 +51,7 @@ class Conversations:
     stage, vision = self._stage, self._config.vision
     assert vision is not None
     for _ in range(_PATIENCE):
-      longest = rng.choice(stage.edges) * self._recipe.images.tile
-      images = cells.with_edge(self._recipe.images, longest)
-      one = drawing.draw(chosen(rng, stage), self._seed, rng.getrandbits(48), self._faces)
+      one, images = drawn(rng, self._recipe, stage, self._seed, self._faces)
       question, answer = rng.choice(one.questions)
       grid = tiles.grid(one.image.size, images)
       if grid[0] * grid[1] + 1 > stage.tiles:

@@ -56,15 +56,16 @@ def work(recipe: Recipe, stage: Stage, base: Base, held: Mapping[str, Any] | Non
   """
   width, dtype = base.config.model_dim, jnp.dtype(recipe.dtype)
   key_sight, key_heads = jax.random.split(jax.random.key(recipe.seed))
+  table = read.table(base.params['embed_tokens']['embedding'])
   if held is None:
-    held = sight.init(recipe.vision, width, key_sight)
+    held = sight.init(recipe.vision, width, key_sight, table['length'])
   # Copied, since steps give their state's memory back.
   held = jax.tree.map(jnp.array, dict(held))
   if stage.name == READ:
     model = sight.Sight(recipe.vision, width, dtype, recipe.remat)
     return Work(
       {'sight': held, 'heads': read.init_heads(width, key_heads)},
-      read.table(base.params['embed_tokens']['embedding']),
+      table,
       _seen(recipe, functools.partial(read.loss, model)),
       lambda faces, seed: read.Batches(recipe, stage, base.tokenizer, faces, seed),
     )
