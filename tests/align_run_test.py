@@ -59,8 +59,9 @@ def test_a_tower_learns_what_lies_in_a_few_drawings(base):
   assert told[-1]['loss'] < 0.5 * told[0]['loss']
   assert told[-1]['kinds'] > 0.6
   # As long as the embeddings of the language model.
+  seen = work.finished(base, held.params['sight'])
   features = sight.Sight(VISION, base.config.model_dim).apply(
-    {'params': held.params['sight']}, (batch['pixels'] / 127.5 - 1).astype(np.float32)
+    {'params': seen}, (batch['pixels'] / 127.5 - 1).astype(np.float32)
   )
   own = np.asarray(features) - np.asarray(of.frozen['mean'])
   length = np.sqrt((own**2).mean(-1))

@@ -25,7 +25,7 @@ import numpy as np
 from lora_jax.align import state as states
 from lora_jax.align.plot import curve
 from lora_jax.align.recipe import Recipe, Stage
-from lora_jax.align.work import Batches, Work, watched, work
+from lora_jax.align.work import Batches, Work, finished, watched, work
 from lora_jax.drawings import fonts
 from lora_jax.errors import UserError
 from lora_jax.hub import seeing
@@ -88,7 +88,7 @@ def run(
     held = jax.tree.map(np.asarray, state.params['sight'])
     write_bytes(out / 'curve.png', curve(metrics(out, recipe)))
   assert held is not None
-  seeing.write_sight(out / SIGHT, held)
+  seeing.write_sight(out / SIGHT, finished(base, held))
   # What is joined is what the small file says, so that both are one base.
   config = dataclasses.replace(base.config, vision=recipe.vision)
   sight = seeing.read_sight(out / SIGHT, config)

@@ -4,6 +4,7 @@ params = init(vision, features, jax.random.key(0))   # {'vision': ..., 'connecto
 features_IED = Sight(vision, features).apply({'params': params}, pixels_IYXC)
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -39,18 +40,8 @@ class Sight(nn.Module):
     return self.connector(self.vision(pixels_IYXC))
 
 
-def init(
-  config: VisionConfig, features: int, key: jax.Array, length: jax.typing.ArrayLike = 1.0
-) -> dict[str, Any]:
-  """Random float32 parameters 'vision' and 'connector'.
-
-  Args:
-    config: shape of the tower.
-    features: width of the language model.
-    key: of the draws.
-    length: root mean square of an embedding of the language model; a fresh tower's are about
-      as long.
-  """
+def init(config: VisionConfig, features: int, key: jax.Array) -> dict[str, Any]:
+  """Random float32 parameters 'vision' and 'connector', whose embeddings are of length 1."""
   pixels_IYXC = jnp.zeros((1, config.image_size, config.image_size, CHANNELS))
   params = Sight(config, features).init(key, pixels_IYXC)['params']
   vision = dict(params['vision'])
@@ -60,9 +51,17 @@ def init(
   side = config.patches(config.image_size)
   places = {'embedding': jnp.asarray(_waves(side, config.model_dim))}
   vision |= {'patch_embedding': patches, 'position_embedding': places}
-  # What the tower puts out is of length 1, and a fresh kernel keeps lengths.
+  return {'vision': vision, 'connector': params['connector']}
+
+
+def lengthened(params: Mapping[str, Any], length: jax.typing.ArrayLike) -> dict[str, Any]:
+  """The same, whose embeddings are `length` times as long.
+
+  Towers are trained at length 1 and used at a language model's: its embeddings are so short
+  that a kernel which gives them would be another after a few of Adam's steps.
+  """
   connector = jax.tree.map(lambda kernel: kernel * length, params['connector'])
-  return {'vision': vision, 'connector': connector}
+  return {'vision': params['vision'], 'connector': connector}
 
 
 def _waves(side: int, width: int) -> np.ndarray:

@@ -52,13 +52,13 @@ def work(recipe: Recipe, stage: Stage, base: Base, held: Mapping[str, Any] | Non
     recipe: the recipe.
     stage: of it.
     base: of text, in numpy.
-    held: 'vision' and 'connector' as the stage before left them; None: none did.
+    held: 'vision' and 'connector' as the stage before left them, of length 1; None: none did.
   """
   width, dtype = base.config.model_dim, jnp.dtype(recipe.dtype)
   key_sight, key_heads = jax.random.split(jax.random.key(recipe.seed))
   table = read.table(base.params['embed_tokens']['embedding'])
   if held is None:
-    held = sight.init(recipe.vision, width, key_sight, table['length'])
+    held = sight.init(recipe.vision, width, key_sight)
   # Copied, since steps give their state's memory back.
   held = jax.tree.map(jnp.array, dict(held))
   if stage.name == READ:
@@ -66,7 +66,7 @@ def work(recipe: Recipe, stage: Stage, base: Base, held: Mapping[str, Any] | Non
     return Work(
       {'sight': held, 'heads': read.init_heads(width, key_heads)},
       table,
-      _seen(recipe, functools.partial(read.loss, model)),
+      _seen(recipe, float(table['length']), functools.partial(read.loss, model)),
       lambda faces, seed: read.Batches(recipe, stage, base.tokenizer, faces, seed),
     )
   joined = seeing.join(base, recipe.vision, recipe.images, held)
@@ -75,7 +75,7 @@ def work(recipe: Recipe, stage: Stage, base: Base, held: Mapping[str, Any] | Non
   return Work(
     {'sight': held},
     jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), text),
-    _seen(recipe, functools.partial(speak.loss, model)),
+    _seen(recipe, float(table['length']), functools.partial(speak.loss, model)),
     lambda faces, seed: speak.Conversations(recipe, stage, joined, faces, seed),
   )
 
@@ -97,13 +97,20 @@ def watched(stage: Stage, of: Work, seed: int) -> dict[str, list[dict[str, np.nd
   return sets
 
 
-def _seen(recipe: Recipe, loss: Callable) -> Callable:
-  """The loss, given pixels in 0..255: four times fewer bytes to send to a device."""
+def finished(base: Base, held: Mapping[str, Any]) -> dict[str, Any]:
+  """What the last stage left, as it goes with the base."""
+  length = read.table(base.params['embed_tokens']['embedding'])['length']
+  return jax.tree.map(np.asarray, sight.lengthened(held, length))
+
+
+def _seen(recipe: Recipe, length: float, loss: Callable) -> Callable:
+  """The loss of a tower of length 1, given pixels in 0..255: four times fewer bytes to send."""
   mean_C, std_C = (np.asarray(x, np.float32) for x in (recipe.images.mean, recipe.images.std))
 
   def of(params, frozen, batch):
     values = batch['pixels'].astype(jnp.float32) / 255
     at = lambda x_C: jnp.broadcast_to(x_C, values.shape)
+    params = {**params, 'sight': sight.lengthened(params['sight'], length)}
     return loss(params, frozen, {**batch, 'pixels': (values - at(mean_C)) / at(std_C)})
 
   return of
