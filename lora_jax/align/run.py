@@ -13,6 +13,7 @@ the numbers of one that was not.
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,9 @@ from lora_jax.records import (
   versions,
   write_bytes,
   write_json,
+  write_text,
 )
-from lora_jax.tracking import finite, json_lines
+from lora_jax.tracking import json_lines
 
 BASE, SIGHT, RECIPE = 'base', 'sight.safetensors', 'recipe.json'
 METRICS = 'metrics.jsonl'
@@ -139,16 +141,15 @@ def _train(
   look = jax.jit(lambda params, frozen, batch: of.loss(params, frozen, batch)[1])
   sets = watched(stage, of, recipe.seed)
   file = directory / METRICS
-  lines = [line for line in _lines(file) if line['step'] <= start]
+  kept = [json.dumps(line) + '\n' for line in _lines(file) if line['step'] <= start]
+  write_text(file, ''.join(kept))
   batches = _stream(of.batches(fonts.FACES, recipe.seed), start, stage.steps, workers)
   began, seen = time.perf_counter(), 0
   with (
-    file.open('w', encoding='utf-8') as opened,
+    file.open('a', encoding='utf-8') as opened,
     Progress(f'{stage.name}, from step {start}', stage.steps - start) as progress,
   ):
     log = json_lines(opened)
-    for line in lines:
-      log(line)
     pending = None
 
     def told() -> None:
@@ -163,7 +164,7 @@ def _train(
         )
       numbers = _ratios([held])
       log({'step': number, 'tiles_per_second': seen / (time.perf_counter() - began), **numbers})
-      progress.advance(**{name: value for name, value in numbers.items() if finite(value)})
+      progress.advance(**{name: value for name, value in numbers.items() if math.isfinite(value)})
 
     for number in range(start + 1, stage.steps + 1):
       if stop():
