@@ -116,8 +116,8 @@ def tile_cells(
   def inside(items: Items) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Middles in units of cells, values, and whether each can be read, of those in the tile."""
     xy_N2 = (items.xy_N2 * scale - corner) * (across / side)
-    seen = ((xy_N2 >= 0) & (xy_N2 < across)).all(1)
-    large = (items.size_N2 * scale >= (_LEAST_WIDTH, _LEAST_HEIGHT)).all(1)
+    seen = np.all((xy_N2 >= 0) & (xy_N2 < across), axis=1)
+    large = np.all(items.size_N2 * scale >= (_LEAST_WIDTH, _LEAST_HEIGHT), axis=1)
     return xy_N2[seen], items.value_N[seen], large[seen]
 
   cell_of = lambda xy_N2: xy_N2[:, 1].astype(int) * across + xy_N2[:, 0].astype(int)

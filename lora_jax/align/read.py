@@ -144,7 +144,8 @@ def loss(
     The loss, in nats, and for 'loss', 'characters', 'kinds', 'colours' and 'tokens' a sum and
     what to divide it by: of all that there are, those that are told rightly.
   """
-  features_IED = model.apply({'params': params['sight']}, batch['pixels']).astype(jnp.float32)
+  features_IED: Any = model.apply({'params': params['sight']}, batch['pixels'])
+  features_IED = features_IED.astype(jnp.float32)
   own_IED = features_IED - jnp.broadcast_to(frozen['mean'], features_IED.shape)
   length_IE1 = jnp.sqrt(jnp.mean(own_IED**2, axis=-1, keepdims=True) + 1e-8)
   plain_IED = own_IED / length_IE1

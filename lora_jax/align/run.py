@@ -164,7 +164,8 @@ def _train(
         )
       numbers = _ratios([held])
       log({'step': number, 'tiles_per_second': seen / (time.perf_counter() - began), **numbers})
-      progress.advance(**{name: value for name, value in numbers.items() if math.isfinite(value)})
+      shown: Any = {name: value for name, value in numbers.items() if math.isfinite(value)}
+      progress.advance(**shown)
 
     for number in range(start + 1, stage.steps + 1):
       if stop():

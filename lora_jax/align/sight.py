@@ -46,7 +46,7 @@ def init(config: VisionConfig, features: int, key: jax.Array) -> dict[str, Any]:
   params = Sight(config, features).init(key, pixels_IYXC)['params']
   vision = dict(params['vision'])
   # Paper, which is white and so 1 nearly everywhere, begins as nothing: what is seen is ink.
-  patches = dict(vision['patch_embedding'])
+  patches: dict[str, Any] = dict(vision['patch_embedding'])
   patches['bias'] = -patches['kernel'].sum(0)
   side = config.patches(config.image_size)
   places = {'embedding': jnp.asarray(_waves(side, config.model_dim))}

@@ -107,7 +107,7 @@ def loss(
     Mean loss of an answer's token, in nats, and for 'loss' a sum and what to divide it by.
   """
   whole = {'params': {**frozen, **params['sight']}}
-  features_IED = model.apply(whole, batch['pixels'], method='see')
+  features_IED: Any = model.apply(whole, batch['pixels'], method='see')
   rows, width = batch['tokens'].shape[0], features_IED.shape[-1]
   features = Features(features_IED.reshape(rows, -1, width), batch['slots'])
   hidden_BTD, _ = model.apply(whole, batch['tokens'], features=features)

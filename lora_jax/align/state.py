@@ -20,7 +20,6 @@ from lora_jax.errors import UserError
 from lora_jax.optim import schedule
 
 _NAME = re.compile(r'checkpoint-(\d+)')
-_BETAS = {'b1': 0.9, 'b2': 0.98}
 
 
 @flax.struct.dataclass
@@ -48,7 +47,7 @@ def optimizer(recipe: Recipe, stage: Stage) -> optax.GradientTransformation:
   chain = optax.chain(
     optax.clip_by_global_norm(recipe.clip_norm),
     optax.adamw(
-      schedule(config, stage.steps), **_BETAS, weight_decay=recipe.weight_decay, mask=kernels
+      schedule(config, stage.steps), b2=0.98, weight_decay=recipe.weight_decay, mask=kernels
     ),
   )
   # The loop gives up long before so many.

@@ -60,20 +60,20 @@ def work(recipe: Recipe, stage: Stage, base: Base, held: Mapping[str, Any] | Non
   if held is None:
     held = sight.init(recipe.vision, width, key_sight)
   # Copied, since steps give their state's memory back.
-  held = jax.tree.map(jnp.array, dict(held))
+  own: dict[str, Any] = jax.tree.map(jnp.array, dict(held))
   if stage.name == READ:
     model = sight.Sight(recipe.vision, width, dtype, recipe.remat)
     return Work(
-      {'sight': held, 'heads': read.init_heads(width, key_heads)},
+      {'sight': own, 'heads': read.init_heads(width, key_heads)},
       table,
       _seen(recipe, float(table['length']), functools.partial(read.loss, model)),
       lambda faces, seed: read.Batches(recipe, stage, base.tokenizer, faces, seed),
     )
-  joined = seeing.join(base, recipe.vision, recipe.images, held)
-  text = {name: part for name, part in joined.params.items() if name not in held}
+  joined = seeing.join(base, recipe.vision, recipe.images, own)
+  text = {name: part for name, part in joined.params.items() if name not in own}
   model = Transformer(joined.config, dtype=dtype, remat=recipe.remat)
   return Work(
-    {'sight': held},
+    {'sight': own},
     jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), text),
     _seen(recipe, float(table['length']), functools.partial(speak.loss, model)),
     lambda faces, seed: speak.Conversations(recipe, stage, joined, faces, seed),

@@ -28,7 +28,7 @@ def _numbers(rng: random.Random, count: int) -> list[str]:
   return held
 
 
-def _size(side: int, share: float) -> int:
+def _size(side: float, share: float) -> int:
   return max(9, round(side * share))
 
 

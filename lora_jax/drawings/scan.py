@@ -34,7 +34,7 @@ def scan(canvas: Canvas, rng: random.Random, wear: float) -> tuple[Image.Image, 
   if rng.random() < 0.8 * wear:
     image = _paper(image, rng)
   if rng.random() < 0.08 * wear:
-    image = image.convert('L').point(lambda level: 255 * (level > 140)).convert('RGB')
+    image = image.convert('L').point([255 * (level > 140) for level in range(256)]).convert('RGB')
   if rng.random() < 0.5:
     data = io.BytesIO()
     image.save(data, format='JPEG', quality=rng.randint(60, 95))
