@@ -15,6 +15,7 @@ RUN = [
   'jax>=0.10',
   'jinja2',
   'markupsafe',
+  'matplotlib',
   'numpy',
   'optax>=0.2.8',
   'orbax-checkpoint',
