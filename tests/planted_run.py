@@ -1,9 +1,11 @@
 """Runs whose records say what a test wants, without any model."""
 
 import dataclasses
+import json
 
 from lora_jax.presets import PRESETS
 from lora_jax.records import Cell, RunDirectory
+from lora_jax.report import report
 
 HEADLINES = {'medmcqa': 'accuracy', 'cocohd': 'field_score', 'govreport': 'rouge_lsum'}
 VERSIONS = {'python': '3.12.1', 'device': 'cpu', 'jax': '0.12.0'}
@@ -109,3 +111,10 @@ def plant_latency(run, **ratios):
       },
     },
   )
+
+
+def written(run):
+  """The report of a run: its Markdown, its results, and what is printed."""
+  said = report.write(run)
+  held = json.loads((run.path / 'results.json').read_text())
+  return (run.path / 'report.md').read_text(), held, said

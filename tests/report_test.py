@@ -1,16 +1,15 @@
 """The report states what the records say: each number, each status, and nothing else."""
 
-import json
 import math
 import random
 import xml.etree.ElementTree
 
 import pytest
-from planted_run import HEADLINES, plant, plant_latency, plant_status, start
+from planted_run import HEADLINES, plant, plant_latency, plant_status, start, written
 
 from lora_jax.errors import UserError
 from lora_jax.presets import ARTICLE_TARGETS, PRESETS
-from lora_jax.records import Cell, RunDirectory, write_json
+from lora_jax.records import RunDirectory
 from lora_jax.report import report, results, tables, terminal
 
 DRAWINGS = ('accuracy_prefill.svg', 'accuracy_decode.svg', 'difficulty_spread.svg')
@@ -26,12 +25,6 @@ def section(text, title):
   assert all(line.endswith('|') for line in lines if line[:1] == '|')
   assert all(len(row) == len(header) for row in rows)
   return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-
-
-def written(run):
-  said = report.write(run)
-  held = json.loads((run.path / 'results.json').read_text())
-  return (run.path / 'report.md').read_text(), held, said
 
 
 @pytest.fixture
@@ -259,66 +252,6 @@ def test_what_was_run_is_said(run):
   assert '- MedMCQA: Posed plainly.' in text
   assert 'Note:' not in text
   assert held['preset'] == 'quick'
-
-
-def test_settings_of_no_preset_are_not_called_one(tmp_path):
-  run = start(tmp_path, steps=17)
-  plant(run, 'medmcqa', 'base', [0, 1])
-  text, held, _ = written(run)
-  assert 'preset `' not in text
-  assert held['preset'] is None
-  assert 'stored as' not in text
-
-
-def test_a_quantised_base_is_said(tmp_path):
-  run = start(tmp_path, quantize='nf4')
-  plant(run, 'medmcqa', 'base', [0, 1])
-  text, held, _ = written(run)
-  assert 'bfloat16, kernels stored as nf4;' in text
-  assert held['preset'] is None
-
-
-def test_an_early_end_and_the_best_adapter_are_said(tmp_path):
-  run = start(tmp_path, patience=3, keep_best=True)
-  plant(run, 'medmcqa', 'base', [0, 1])
-  text, _, _ = written(run)
-  assert 'ended after 3 evaluations in a row without a lower loss on rows kept out' in text
-  assert 'with the adapter of the lowest loss on rows kept out;' in text
-
-
-def test_scores_that_mean_little_are_told_so(tmp_path):
-  run = start(tmp_path, base='tiny', data='synthetic')
-  plant(run, 'medmcqa', 'base', [0, 1])
-  file = run.cell_file(Cell('tiny', 'medmcqa', 'base', '', 0))
-  record = json.loads(file.read_text())
-  record['base']['name'] = 'tiny'
-  record['rows']['source'] = 'synthetic'
-  write_json(file, record)
-  text, held, said = written(run)
-  for told in (text, said, str(held['warnings'])):
-    assert 'random weights' in told
-    assert 'nothing of the real datasets' in told
-  assert 'Only the base was run.' in text
-
-
-def test_no_path_of_the_machine_gets_in(tmp_path):
-  base = '/home/someone/models/llama.gguf'
-  run = start(tmp_path, base=base, data='/home/someone/my, data')
-  plant(
-    run,
-    'medmcqa',
-    'base',
-    [0, 1],
-    description='directory /home/someone/my, data/medmcqa, 300 train, 120 test',
-  )
-  file = run.cell_file(Cell(base, 'medmcqa', 'base', '', 0))
-  record = json.loads(file.read_text())
-  record['base']['name'] = base
-  write_json(file, record)
-  text, held, _ = written(run)
-  assert 'someone' not in text + json.dumps(held)
-  assert 'llama.gguf' in text
-  assert 'directory my, data/medmcqa, 300 train, 120 test' in text
 
 
 def test_rows_that_the_base_lacks_are_left_out_of_the_difference(run):

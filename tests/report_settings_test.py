@@ -1,0 +1,67 @@
+"""The report states how a run came about: its settings, its base, its rows."""
+
+import json
+
+from planted_run import plant, start, written
+
+from lora_jax.records import Cell, write_json
+
+
+def test_settings_of_no_preset_are_not_called_one(tmp_path):
+  run = start(tmp_path, steps=17)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  text, held, _ = written(run)
+  assert 'preset `' not in text
+  assert held['preset'] is None
+  assert 'stored as' not in text
+
+
+def test_a_quantised_base_is_said(tmp_path):
+  run = start(tmp_path, quantize='nf4')
+  plant(run, 'medmcqa', 'base', [0, 1])
+  text, held, _ = written(run)
+  assert 'bfloat16, kernels stored as nf4;' in text
+  assert held['preset'] is None
+
+
+def test_an_early_end_and_the_best_adapter_are_said(tmp_path):
+  run = start(tmp_path, patience=3, keep_best=True)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  text, _, _ = written(run)
+  assert 'ended after 3 evaluations in a row without a lower loss on rows kept out' in text
+  assert 'with the adapter of the lowest loss on rows kept out;' in text
+
+
+def test_scores_that_mean_little_are_told_so(tmp_path):
+  run = start(tmp_path, base='tiny', data='synthetic')
+  plant(run, 'medmcqa', 'base', [0, 1])
+  file = run.cell_file(Cell('tiny', 'medmcqa', 'base', '', 0))
+  record = json.loads(file.read_text())
+  record['base']['name'] = 'tiny'
+  record['rows']['source'] = 'synthetic'
+  write_json(file, record)
+  text, held, said = written(run)
+  for told in (text, said, str(held['warnings'])):
+    assert 'random weights' in told
+    assert 'nothing of the real datasets' in told
+  assert 'Only the base was run.' in text
+
+
+def test_no_path_of_the_machine_gets_in(tmp_path):
+  base = '/home/someone/models/llama.gguf'
+  run = start(tmp_path, base=base, data='/home/someone/my, data')
+  plant(
+    run,
+    'medmcqa',
+    'base',
+    [0, 1],
+    description='directory /home/someone/my, data/medmcqa, 300 train, 120 test',
+  )
+  file = run.cell_file(Cell(base, 'medmcqa', 'base', '', 0))
+  record = json.loads(file.read_text())
+  record['base']['name'] = base
+  write_json(file, record)
+  text, held, _ = written(run)
+  assert 'someone' not in text + json.dumps(held)
+  assert 'llama.gguf' in text
+  assert 'directory my, data/medmcqa, 300 train, 120 test' in text
