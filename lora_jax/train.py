@@ -117,9 +117,10 @@ class Wave:
     return self.states.step.shape[0]
 
   def pack(self, outcomes: Mapping[int, 'Outcome']) -> packs.Pack:
-    """What came of some of the jobs, by their place, as a pack of C with them in front.
+    """What came of some of the jobs, by their place, as a pack of C or fewer with them in front.
 
-    One shape however many there are, so that one program scores all of them.
+    C is halved while they fit: a few programs score any number, and the most that are there
+    for nothing are half.
     """
     shapes = {path: leaf.shape[1:] for path, leaf in packs.flat(self.states.adapters).items()}
     whole = [
@@ -129,7 +130,10 @@ class Wave:
       )
       for i, outcome in outcomes.items()
     ]
-    return packs.stack([*whole, *[whole[0]] * (self.cells - len(whole))])
+    places = self.cells
+    while (fewer := -(-places // 2)) >= len(whole) and fewer < places:
+      places = fewer
+    return packs.stack([*whole, *[whole[0]] * (places - len(whole))])
 
 
 def prepare(
