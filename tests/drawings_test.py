@@ -73,6 +73,18 @@ def test_boxes_hold_ink_where_characters_are_and_none_beside():
   assert not pixels.any()
 
 
+@pytest.mark.parametrize('face', fonts.FACES, ids=lambda face: face.name)
+def test_characters_begin_where_the_text_before_them_ends(face):
+  text = 'To AV. fi 12.50'
+  for size in (11, 30):
+    canvas, font = Canvas(400, 60), fonts.load(face, size)
+    canvas.write(5, 5, text, face, size)
+    left_G = canvas.marks[0].boxes_G4[:, 0]
+    bounds_G = np.array([font.getbbox(one, anchor='la')[0] for one in text])
+    ends_G = np.array([font.getlength(text[:i]) for i in range(len(text))])
+    np.testing.assert_allclose(left_G, 5 + bounds_G + ends_G, atol=0.1)
+
+
 def test_a_face_that_lacks_a_character_is_replaced():
   roman = next(face for face in fonts.FACES if face.lacks)
   widths = [Canvas(300, 40).write(5, 5, '<$>', face, 20) for face in (roman, fonts.AILERON)]

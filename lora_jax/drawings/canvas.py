@@ -8,6 +8,7 @@ canvas.marks[0].boxes_G4[0]     # where the T is
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -58,6 +59,18 @@ class Mark:
 def _bounds(font: ImageFont.FreeTypeFont, character: str, line: str) -> tuple[float, ...]:
   """Where the ink of a character lies about its anchor."""
   return font.getbbox(character, anchor=f'l{line}')
+
+
+@functools.lru_cache(maxsize=2**17)
+def _advance(font: ImageFont.FreeTypeFont, character: str, following: str) -> float:
+  """From where a character begins to where the one after it does."""
+  return font.getlength(character + following) - font.getlength(following)
+
+
+def _starts(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
+  """Where each character begins, (G,): faces are laid out so that only neighbours count."""
+  advances = [_advance(font, *pair) for pair in itertools.pairwise(text)]
+  return np.cumsum([0.0, *advances])
 
 
 def cut(text: str, face: Face, size: int, room: float) -> str:
@@ -118,7 +131,7 @@ class Canvas:
     self.draw.text(at, text, fill=ink, font=font, anchor=f'l{anchor[1]}')
     boxes_G4 = np.array([_bounds(font, one, anchor[1]) for one in text], np.float32)
     boxes_G4 += np.array([*at, *at], np.float32)
-    boxes_G4[:, [0, 2]] += np.array([[font.getlength(text[:i])] for i in range(len(text))])
+    boxes_G4[:, [0, 2]] += _starts(font, text)[:, None]
     self.marks.append(Mark(text, boxes_G4))
     return width
 
