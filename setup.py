@@ -56,7 +56,10 @@ setuptools.setup(
   ),
   # Stated, so that an editable install is one path entry rather than an import hook.
   package_dir={'': '.'},
-  package_data={'lora_jax.report': ['page.css', 'page.html.jinja', 'page.js']},
+  package_data={
+    'lora_jax.hub': ['*.safetensors'],
+    'lora_jax.report': ['page.css', 'page.html.jinja', 'page.js'],
+  },
   install_requires=RUN,
   extras_require={
     # `nodejs` lets pyright run where there is no node.

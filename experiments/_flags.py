@@ -23,7 +23,7 @@ from lora_jax.errors import UserError
 from lora_jax.presets import Settings
 
 if TYPE_CHECKING:
-  from lora_jax.hub.bases import Base
+  from lora_jax.hub.base import Base
   from lora_jax.transformer import Transformer
 
 # Flags that change settings: (section of Settings, its field).

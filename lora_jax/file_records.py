@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.file_scores import FileRows, FileScores, Line
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.records import FORMAT, versions, write_json, write_text
 
 

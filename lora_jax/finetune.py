@@ -29,7 +29,7 @@ from lora_jax.data.pipeline import (
 from lora_jax.errors import UserError
 from lora_jax.hub import peft
 from lora_jax.hub.adapters import ADAPTER
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.presets import OWN_ROWS
 from lora_jax.records import (
   FORMAT,

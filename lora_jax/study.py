@@ -25,7 +25,7 @@ from lora_jax.data.task import Task
 from lora_jax.errors import UserError
 from lora_jax.evaluate import Scores, score_pack, score_task
 from lora_jax.grid import Trainer
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.presets import EQUAL_RANK, Settings
 from lora_jax.programs import Programs
 from lora_jax.records import Cell, RunDirectory, read_json, versions, write_json

@@ -20,7 +20,7 @@ from lora_jax.data.sources import Source
 from lora_jax.data.task import Task
 from lora_jax.errors import UserError
 from lora_jax.evaluate import Questions
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.presets import Settings
 from lora_jax.sight import Sight
 

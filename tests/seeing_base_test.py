@@ -108,3 +108,21 @@ def test_a_base_that_sees_is_not_joined_again(joined):
   _, seen = joined
   with pytest.raises(UserError, match='tiny sees already'):
     seeing.join(seen, VISION, IMAGES, {})
+
+
+def test_eyes_are_opened_from_a_small_file(joined, tmp_path):
+  base, seen = joined
+  path = tmp_path / 'sight.safetensors'
+  seeing.write_sight(path, VISION, IMAGES, sight(base))
+  again = seeing.open_eyes(base, path, 'tiny-sight')
+  assert (again.config, again.images) == (seen.config, IMAGES)
+  for name, leaf in flatten_dict(again.params, sep='/').items():
+    theirs = flatten_dict(seen.params, sep='/')[name]
+    np.testing.assert_allclose(leaf, theirs, rtol=1e-3, atol=1e-7, err_msg=name)
+  assert again.record['name'] == again.name == 'tiny-sight'
+  assert again.record['sees'] == 'images'
+  # Other weights are another base.
+  other = jax.tree.map(lambda leaf: leaf + 1, sight(base))
+  seeing.write_sight(path, VISION, IMAGES, other)
+  hashes = {one.record['sha256'] for one in (base, again, seeing.open_eyes(base, path, 'a'))}
+  assert len(hashes) == 3

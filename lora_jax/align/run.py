@@ -30,7 +30,7 @@ from lora_jax.align.work import Batches, Work, finished, watched, work
 from lora_jax.drawings import fonts
 from lora_jax.errors import UserError
 from lora_jax.hub import seeing
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.progress import Progress
 from lora_jax.records import (
   RunDirectory,
@@ -90,12 +90,10 @@ def run(
     held = jax.tree.map(np.asarray, state.params['sight'])
     write_bytes(out / 'curve.png', curve(metrics(out, recipe)))
   assert held is not None
-  seeing.write_sight(out / SIGHT, finished(base, held))
+  seeing.write_sight(out / SIGHT, recipe.vision, recipe.images, finished(base, held))
   # What is joined is what the small file says, so that both are one base.
-  config = dataclasses.replace(base.config, vision=recipe.vision)
-  sight = seeing.read_sight(out / SIGHT, config)
   with new_directory(out / BASE) as folder:
-    seeing.save(folder, seeing.join(base, recipe.vision, recipe.images, sight))
+    seeing.save(folder, seeing.join(base, *seeing.read_sight(out / SIGHT, base.config)))
   return True
 
 

@@ -17,7 +17,7 @@ from lora_jax.align.recipe import Recipe, Stage
 from lora_jax.data import tiles
 from lora_jax.drawings.fonts import Face
 from lora_jax.errors import UserError
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.loss import completion_loss
 from lora_jax.transformer import Transformer, head_kernel, logits
 from lora_jax.vision import Features

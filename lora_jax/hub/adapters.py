@@ -16,7 +16,7 @@ from lora_jax import checkpoint, lora
 from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
 from lora_jax.hub import peft
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.hub.peft_config import CONFIG
 from lora_jax.hub.peft_tensors import WEIGHTS
 from lora_jax.records import read_record

