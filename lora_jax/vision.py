@@ -100,6 +100,18 @@ def position_ids(seen_Iyx: jax.Array, side: int) -> jax.Array:
   return jnp.where(seen_Iyx, rows_Iy[:, :, None] * side + columns_Ix[:, None], 0)
 
 
+def cut(pixels_IYXC: jax.Array, size: int) -> jax.Array:
+  """Whole patches of `size` x `size` pixels, row by row: (I, T, P).
+
+  A patch's numbers are in the order of a convolution's weights: channel, row, column.
+  """
+  images, height, width, _ = pixels_IYXC.shape
+  rows, columns = height // size, width // size
+  whole = pixels_IYXC[:, : rows * size, : columns * size]
+  apart = whole.reshape(images, rows, size, columns, size, CHANNELS)
+  return apart.transpose(0, 1, 3, 5, 2, 4).reshape(images, rows * columns, -1)
+
+
 def shuffle_pixels(x_IyxD: jax.Array, by: int) -> jax.Array:
   """Joins squares of `by` x `by` patches, row by row, into one vector each: (I, E, by by D)."""
   images, rows, columns, width = x_IyxD.shape
@@ -179,10 +191,7 @@ class VisionTower(nn.Module):
     c, size = self.config, self.config.patch_size
     images, height, width, _ = pixels_IYXC.shape
     rows, columns = c.patches(height), c.patches(width)
-    whole = pixels_IYXC[:, : rows * size, : columns * size].astype(self.dtype)
-    apart = whole.reshape(images, rows, size, columns, size, CHANNELS)
-    # A patch's numbers in the order of a convolution's weights: channel, row, column.
-    patches_ITP = apart.transpose(0, 1, 3, 5, 2, 4).reshape(images, rows * columns, -1)
+    patches_ITP = cut(pixels_IYXC.astype(self.dtype), size)
     x_ITD = Dense(c.model_dim, use_bias=True, name='patch_embedding')(patches_ITP)
     if seen_Iyx is None:
       seen_Iyx = jnp.ones((images, rows, columns), bool)

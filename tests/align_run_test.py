@@ -16,6 +16,7 @@ from lora_jax.drawings import fonts
 from lora_jax.drawings.drawing import KINDS
 from lora_jax.errors import UserError
 from lora_jax.hub import bases, seeing
+from lora_jax.vision import cut
 
 VISION = VisionConfig(
   image_size=64,
@@ -66,6 +67,22 @@ def test_a_tower_learns_what_lies_in_a_few_drawings(base):
   own = np.asarray(features) - np.asarray(of.frozen['mean'])
   length = np.sqrt((own**2).mean(-1))
   assert 0.4 < np.median(length) / float(of.frozen['length']) < 2.5
+
+
+def test_a_patch_embedding_begins_with_all_that_varies_equally_loud():
+  width = VISION.model_dim
+  pixels = np.random.default_rng(0).standard_normal((24, 64, 64, 3))
+  # Light paper, faint strokes, and a colour that never changes.
+  pixels = np.cumsum(0.1 * pixels, axis=1) + 3 * np.arange(24)[:, None, None, None]
+  pixels[..., 2] = 1
+  held = sight.init(VISION, 16, jax.random.key(0))
+  sharp = sight.sharpened(held, VISION, pixels.astype(np.float32), jax.random.key(1))
+  assert jax.tree.map(jnp.shape, sharp) == jax.tree.map(jnp.shape, held)
+  embedding = sharp['vision']['patch_embedding']
+  patches = np.asarray(cut(jnp.asarray(pixels, jnp.float32), VISION.patch_size))
+  seen = patches.reshape(-1, patches.shape[-1]) @ embedding['kernel'] + embedding['bias']
+  np.testing.assert_allclose(np.cov(seen, rowvar=False), np.eye(width), atol=0.02)
+  np.testing.assert_allclose(seen.mean(0), 0, atol=0.02)
 
 
 def test_a_cell_is_asked_for_its_tokens_among_all_that_are_written():
@@ -123,8 +140,8 @@ def test_a_run_leaves_a_base_that_sees(base, finished):
   assert seen.record['sees'] == 'images'
   for path, leaf in flatten_dict(base.params['layers'], sep='/').items():
     np.testing.assert_array_equal(flatten_dict(seen.params['layers'], sep='/')[path], leaf)
-  config = dataclasses.replace(base.config, vision=VISION)
-  small = seeing.read_sight(finished / run.SIGHT, config)
+  vision, images, small = seeing.read_sight(finished / run.SIGHT, base.config)
+  assert (vision, images) == (VISION, RECIPE.images)
   for name in ('vision', 'connector'):
     theirs = flatten_dict(seen.params[name], sep='/')
     for path, leaf in flatten_dict(small[name], sep='/').items():
@@ -172,9 +189,14 @@ def test_a_damaged_checkpoint_is_named(base, finished, tmp_path):
 
 
 def test_weights_of_another_shape_are_refused(base, finished):
-  config = dataclasses.replace(base.config, vision=dataclasses.replace(VISION, mlp_dim=48))
-  with pytest.raises(UserError, match=r'mlp/fc1/bias is \(1, 64\), and \(1, 48\) was expected'):
+  config = dataclasses.replace(base.config, model_dim=48)
+  with pytest.raises(UserError, match=r'kernel is \(1, 128, 32\), and \(1, 128, 48\) was expected'):
     seeing.read_sight(finished / run.SIGHT, config)
+
+
+def test_a_checkpoint_that_is_no_sight_is_refused(base, finished):
+  with pytest.raises(UserError, match='does not say what it is the sight of'):
+    seeing.read_sight(finished / run.BASE / 'model.safetensors', base.config)
 
 
 def test_recipes_are_json_and_name_what_can_be_drawn():

@@ -14,12 +14,14 @@ from lora_jax.align.recipe import Recipe, Stage
 from lora_jax.drawings import fonts
 from lora_jax.drawings.fonts import Face
 from lora_jax.hub import seeing
-from lora_jax.hub.bases import Base
+from lora_jax.hub.base import Base
 from lora_jax.transformer import Transformer
 
 READ = 'read'
 # Of drawings that are looked at and never learnt from: far from any that are.
 _KEPT_OUT = 1_000_000
+# Of those that a patch embedding begins with, and how many tiles.
+_FOR_PATCHES, _TILES = 2_000_000, 48
 
 
 class Batches(Protocol):
@@ -55,10 +57,11 @@ def work(recipe: Recipe, stage: Stage, base: Base, held: Mapping[str, Any] | Non
     held: 'vision' and 'connector' as the stage before left them, of length 1; None: none did.
   """
   width, dtype = base.config.model_dim, jnp.dtype(recipe.dtype)
-  key_sight, key_heads = jax.random.split(jax.random.key(recipe.seed))
+  key_sight, key_heads, key_patches = jax.random.split(jax.random.key(recipe.seed), 3)
   table = read.table(base.params['embed_tokens']['embedding'])
   if held is None:
     held = sight.init(recipe.vision, width, key_sight)
+    held = sight.sharpened(held, recipe.vision, _tiles(recipe, stage, base), key_patches)
   # Copied, since steps give their state's memory back.
   own: dict[str, Any] = jax.tree.map(jnp.array, dict(held))
   if stage.name == READ:
@@ -103,14 +106,26 @@ def finished(base: Base, held: Mapping[str, Any]) -> dict[str, Any]:
   return jax.tree.map(np.asarray, sight.lengthened(held, length))
 
 
+def _tiles(recipe: Recipe, stage: Stage, base: Base) -> jax.Array:
+  """Some tiles as a stage draws them, (I, Y, X, C), normalised."""
+  batches = read.Batches(recipe, stage, base.tokenizer, fonts.FACES, recipe.seed + _FOR_PATCHES)
+  some = [batches[i]['pixels'] for i in range(-(-_TILES // stage.rows))]
+  return _normalised(recipe, np.concatenate(some))
+
+
+def _normalised(recipe: Recipe, pixels: jax.typing.ArrayLike) -> jax.Array:
+  """Pixels in 0..255 as a tower takes them."""
+  values = jnp.asarray(pixels, jnp.float32) / 255
+  mean_C, std_C = (np.asarray(x, np.float32) for x in (recipe.images.mean, recipe.images.std))
+  at = lambda x_C: jnp.broadcast_to(x_C, values.shape)
+  return (values - at(mean_C)) / at(std_C)
+
+
 def _seen(recipe: Recipe, length: float, loss: Callable) -> Callable:
   """The loss of a tower of length 1, given pixels in 0..255: four times fewer bytes to send."""
-  mean_C, std_C = (np.asarray(x, np.float32) for x in (recipe.images.mean, recipe.images.std))
 
   def of(params, frozen, batch):
-    values = batch['pixels'].astype(jnp.float32) / 255
-    at = lambda x_C: jnp.broadcast_to(x_C, values.shape)
     params = {**params, 'sight': sight.lengthened(params['sight'], length)}
-    return loss(params, frozen, {**batch, 'pixels': (values - at(mean_C)) / at(std_C)})
+    return loss(params, frozen, {**batch, 'pixels': _normalised(recipe, batch['pixels'])})
 
   return of
