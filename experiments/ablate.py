@@ -2,6 +2,7 @@
 
   python -m experiments.ablate --targets=o_proj,fc2
   python -m experiments.ablate --targets=qkv --targets=o_proj --datasets=medmcqa --seeds=0,1,2
+  python -m experiments.ablate --arms=equal_rank,equal_parameters
   python -m experiments.ablate --preset=smoke
 
 Each `--targets` is one configuration, its commas join modules into one set; without
@@ -18,7 +19,10 @@ from absl import flags
 from experiments import _flags, _launcher, _lora_flags
 from lora_jax.errors import UserError
 from lora_jax.presets import (
+  ARMS,
   ARTICLE_TARGETS,
+  EQUAL_PARAMETERS,
+  EQUAL_RANK,
   PRESET_TARGETS,
   PRESETS,
   SYNTHETIC_TEST,
@@ -35,6 +39,12 @@ _DATA = flags.DEFINE_string(
 )
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
+_ARMS = flags.DEFINE_list(
+  'arms',
+  [EQUAL_RANK],
+  f'{EQUAL_RANK}, or {EQUAL_RANK},{EQUAL_PARAMETERS}: each target set also with as many trainable '
+  'parameters as all have at --rank.',
+)
 _PACK = flags.DEFINE_integer(
   'pack',
   0,
@@ -67,11 +77,20 @@ def _seeds() -> tuple[int, ...]:
   return seeds
 
 
+def _arms() -> tuple[str, ...]:
+  given = tuple(arm for arm in ARMS if arm in _ARMS.value)
+  if EQUAL_RANK not in given or {*_ARMS.value} - {*ARMS}:
+    raise UserError(
+      f'--arms={",".join(_ARMS.value)}: give {EQUAL_RANK}, or {",".join(ARMS)} to run both'
+    )
+  return given
+
+
 def main() -> None:
   """Checks everything that can be checked, then runs, then reports."""
-  settings, seeds = settings_from_flags(), _seeds()
+  settings, seeds, chosen_arms = settings_from_flags(), _seeds(), _arms()
   # The project's modules take a few seconds to import; --help and a mistake above should not.
-  from lora_jax import lora
+  from lora_jax import arms, lora
   from lora_jax.data import sources, tasks
   from lora_jax.hub import bases
   from lora_jax.records import RunDirectory
@@ -82,8 +101,13 @@ def main() -> None:
   default_targets = PRESET_TARGETS.get(_PRESET.value, ARTICLE_TARGETS)
   targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or default_targets
   _flags.check_targets(targets)
+  if EQUAL_PARAMETERS in chosen_arms:
+    arms.check(settings.lora)
   grid = Grid(
-    tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value), targets, seeds
+    tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value),
+    targets,
+    seeds,
+    chosen_arms,
   )
   bases.check_name(settings.base)
   source = _source(settings, sources)

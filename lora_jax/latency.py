@@ -6,8 +6,8 @@ turns within one process, and each ratio is taken within a turn.
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from lora_jax.kernels import Kernel
 from lora_jax.progress import Progress
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
+Name = TypeVar('Name', bound=Hashable)
+
 # One prompt, as a user waiting for an answer has.
 _PROMPT_TOKENS = 256
 _DECODE_STEPS = 8
@@ -27,28 +29,27 @@ _DECODE_STEPS = 8
 def measure(
   model: Transformer,
   base: Mapping[str, Any],
-  target_sets: Mapping[str, Sequence[str]],
-  lora_config: LoraConfig,
+  target_sets: Mapping[Name, tuple[Sequence[str], LoraConfig]],
   turns: int,
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, float], dict[Name, dict[str, float]]]:
   """Times prefill and decoding of one row for the base and for each target set.
 
   Args:
     model: the Transformer.
     base: its parameters.
-    target_sets: name -> paths of the adapted modules.
-    lora_config: of the adapters, whose values do not matter to time.
+    target_sets: name -> paths of the adapted modules, and which of the LoRA family the
+      adapter is; its values do not matter to time.
     turns: how often each is timed.
 
   Returns:
-    name -> {'prefill_ms', 'decode_ms' (one token), 'prefill_ratio', 'decode_ratio',
-    'prefill_ratio_low', 'prefill_ratio_high', 'decode_ratio_low', 'decode_ratio_high'},
-    medians and quartiles over turns, 'base' included.
+    Of the base, and of each name: {'prefill_ms', 'decode_ms' (one token), 'prefill_ratio',
+    'decode_ratio', 'prefill_ratio_low', 'prefill_ratio_high', 'decode_ratio_low',
+    'decode_ratio_high'}, medians and quartiles over turns.
   """
-  variants = {'base': base}
-  for name, paths in target_sets.items():
-    adapters = lora_family.init(jax.random.key(0), base, paths, lora_config)
-    scales = lora_family.plan(lora_config, adapters).scales()
+  variants: dict[Any, Any] = {None: base}
+  for name, (paths, config) in target_sets.items():
+    adapters = lora_family.init(jax.random.key(0), base, paths, config)
+    scales = lora_family.plan(config, adapters).scales()
     variants[name] = lora.attach(base, adapters, scales)
   tokens = jnp.ones((1, _PROMPT_TOKENS), jnp.int32)
   room = KeyValues.empty(model.config, 1, _PROMPT_TOKENS + _DECODE_STEPS, model.dtype)
@@ -70,7 +71,7 @@ def measure(
           if turn:
             seconds[name, work].append(taken)
         progress.advance()
-  return {name: _summary(seconds, name) for name in variants}
+  return _summary(seconds, None), {name: _summary(seconds, name) for name in target_sets}
 
 
 def _seconds(run: Callable[[Any], jax.Array], params: Any) -> float:
@@ -79,10 +80,10 @@ def _seconds(run: Callable[[Any], jax.Array], params: Any) -> float:
   return time.perf_counter() - start
 
 
-def _summary(seconds: Mapping[tuple[str, str], list[float]], name: str) -> dict[str, float]:
+def _summary(seconds: Mapping[tuple[Any, str], list[float]], name: Any) -> dict[str, float]:
   summary = {}
   for work, per in (('prefill', 1), ('decode', _DECODE_STEPS)):
-    own, of_base = np.asarray(seconds[name, work]), np.asarray(seconds['base', work])
+    own, of_base = np.asarray(seconds[name, work]), np.asarray(seconds[None, work])
     low, middle, high = np.quantile(own / of_base, (0.25, 0.5, 0.75))
     summary[f'{work}_ms'] = 1e3 * float(np.median(own)) / per
     summary[f'{work}_ratio'] = float(middle)

@@ -83,7 +83,9 @@ ARTICLE_TARGETS = (
 )
 # What a preset's grid is where no targets are given; the article's, unless it stands here.
 PRESET_TARGETS = {'smoke': ('o_proj,fc2',)}
-EQUAL_RANK = 'equal_rank'
+# How large the target sets are beside each other; see `lora_jax.arms`.
+EQUAL_RANK, EQUAL_PARAMETERS = 'equal_rank', 'equal_parameters'
+ARMS = (EQUAL_RANK, EQUAL_PARAMETERS)
 
 # Rows that are generated where the settings ask for all there are.
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 200

@@ -45,7 +45,7 @@ class Cell:
     base: name of the base.
     dataset: name of the task.
     targets: comma-joined targets, or 'base' for the base as it is.
-    arm: 'equal_rank', or '' for the base.
+    arm: 'equal_rank' or 'equal_parameters'; '' for the base.
     seed: of the run; the base's is 0.
   """
 
@@ -340,10 +340,14 @@ class RunDirectory:
     if not file.exists():
       return None
     held = read_json(file)
-    if not isinstance(held, dict) or not isinstance(held.get('targets'), dict):
+    parts = isinstance(held, dict) and [held.get('targets'), held.get('arms', {})]
+    if not parts or not all(isinstance(part, dict) for part in parts):
       raise UserError(f'{file} is not a record of times; delete it and run again')
     return held
 
   def write_latency(self, times: Mapping[str, Any]) -> None:
-    """Writes times of target sets: {'targets': name -> times, 'device', 'dtype'}."""
+    """Writes times of target sets: {'targets': name -> times, 'device', 'dtype'}.
+
+    Of other arms than that of equal rank, too: 'arms': arm -> name -> times.
+    """
     write_json(self.path / 'latency.json', times)

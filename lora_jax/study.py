@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import checkpoint, latency, lora, lora_family, quantize
+from lora_jax import arms, checkpoint, latency, lora, lora_family, quantize
 from lora_jax.data.eyes import Eyes
 from lora_jax.data.pipeline import BatchShape, training_batches
 from lora_jax.data.sources import Source
@@ -48,11 +49,13 @@ class Grid:
     tasks: the datasets.
     targets: comma-joined target sets; each is one configuration.
     seeds: a cell of each target set for each seed.
+    arms: how the sets compare in size, of `presets.ARMS`; cells of each.
   """
 
   tasks: tuple[Task, ...]
   targets: tuple[str, ...]
   seeds: tuple[int, ...]
+  arms: tuple[str, ...] = (EQUAL_RANK,)
 
 
 class Study:
@@ -88,6 +91,7 @@ class Study:
     dtype = jnp.dtype(settings.train.dtype)
     kind = settings.train.quantize
     self._params = quantize.store(base.params, dtype, kind)
+    self._sizes: dict[tuple[str, str], arms.Sized] = {}
     if kind != 'none':
       print(f'{kind}: {quantize.footprint(self._params)}', file=sys.stderr)
     self._model = Transformer(base.config, dtype=dtype)
@@ -102,8 +106,9 @@ class Study:
       UserError: rows that cannot be used, before anything is trained.
     """
     lora_family.check(self._settings.lora, grid.targets, self._params)
-    for targets in grid.targets:
-      print(f'{targets}: {self._summary(targets)}', file=sys.stderr)
+    for arm in grid.arms:
+      for targets in grid.targets:
+        print(f'{targets}: {self._sized(targets, arm)}', file=sys.stderr)
     self._check_frozen_sight(grid)
     unfinished = {task.name: self._unfinished(task, grid) for task in grid.tasks}
     # All rows are read before the first cell, so that a bad one does not end a long run.
@@ -125,12 +130,14 @@ class Study:
             self._run.write_cell(cell, record)
           elif cell.targets == 'base':
             self._score_base(task, cell, rows[task.name])
-      for shape in dict.fromkeys(own.shape for own in rows.values()):
+      # Arms apart: in a union tree every cell pays for the highest rank of each module.
+      shapes = dict.fromkeys(own.shape for own in rows.values())
+      for arm, shape in itertools.product(grid.arms, shapes):
         cells = [
           _GridCell(cell, own)
           for name, own in rows.items()
           for cell in unfinished[name]
-          if own.shape == shape and cell.targets != 'base'
+          if own.shape == shape and cell.arm == arm
         ]
         if cells:
           self._train_and_score(cells, shape)
@@ -172,24 +179,24 @@ class Study:
     if self._sight is None or not any(task.by_image for task in grid.tasks):
       return
     for targets in grid.targets:
-      for path in self._summary(targets).modules:
+      for path in lora.resolve(targets, self._params):
         if is_sight(path):
           raise UserError(
             f'{targets} adapts {path}, and images are seen once, before training; give targets '
             'of the language model, or --datasets without images'
           )
 
-  def _summary(self, targets: str) -> lora.Summary:
-    """What an adapter on `targets` holds, from its shapes alone."""
-    paths = lora.resolve(targets, self._params)
-    fresh = lambda: lora_family.init(jax.random.key(0), self._params, paths, self._settings.lora)
-    shapes = jax.eval_shape(fresh)
-    return lora.summarise(shapes, lora_family.plan(self._settings.lora, shapes).ranks)
+  def _sized(self, targets: str, arm: str) -> arms.Sized:
+    if (targets, arm) not in self._sizes:
+      sized = arms.size(targets, arm, self._settings.lora, self._params)
+      self._sizes[targets, arm] = sized
+    return self._sizes[targets, arm]
 
   def _unfinished(self, task: Task, grid: Grid) -> list[Cell]:
     cells = [Cell(self._base.name, task.name, 'base', '', 0)]
     cells += [
-      Cell(self._base.name, task.name, targets, EQUAL_RANK, seed)
+      Cell(self._base.name, task.name, targets, arm, seed)
+      for arm in grid.arms
       for targets in grid.targets
       for seed in grid.seeds
     ]
@@ -224,7 +231,7 @@ class Study:
           cell = cells[jobs.index(wave.jobs[place])]
           if isinstance(outcome, DivergedError):
             print(f'{cell.label}: {outcome}', file=sys.stderr)
-            record = self._provenance(cell.rows.task, cell.rows)
+            record = self._provenance(cell.rows.task, cell.rows, cell.cell)
             self._run.write_cell(cell.cell, {**record, 'status': 'diverged', 'why': str(outcome)})
           else:
             self._keep_trained(cell, outcome)
@@ -252,9 +259,11 @@ class Study:
   def _write_trained(
     self, cell: '_GridCell', adapters: Any, how: Mapping[str, Any], scores: Scores
   ) -> None:
-    record = self._provenance(cell.rows.task, cell.rows)
-    plan = lora_family.plan(self._settings.lora, adapters)
-    record['lora'] = dataclasses.asdict(lora.summarise(adapters, plan.ranks))
+    record = self._provenance(cell.rows.task, cell.rows, cell.cell)
+    sized = self._sized(cell.cell.targets, cell.cell.arm)
+    plan = lora_family.plan(sized.config, adapters)
+    summary = lora.summarise(adapters, plan.ranks)
+    record['lora'] = {**dataclasses.asdict(summary), **sized.record()}
     record['train'] = how
     self._write_scores(cell.cell, cell.label, record, scores)
     self._run.cell_file(cell.cell).with_suffix(_TRAINED).unlink(missing_ok=True)
@@ -276,7 +285,8 @@ class Study:
       return False
     if held['provenance'] != self._made_from(cell.rows.task):
       return False
-    scales = lora_family.plan(self._settings.lora, adapters).scales()
+    config = self._sized(cell.cell.targets, cell.cell.arm).config
+    scales = lora_family.plan(config, adapters).scales()
     scores = score_task(
       self._model,
       lora.attach(self._params, adapters, scales),
@@ -297,7 +307,7 @@ class Study:
     rows, seed = cell.rows, cell.cell.seed
     return TrainJob(
       lora.resolve(cell.cell.targets, self._params),
-      self._settings.lora,
+      self._sized(cell.cell.targets, cell.cell.arm).config,
       self._settings.optim,
       seed,
       lambda: training_batches(rows.train, rows.shape, seed, rows.features),
@@ -311,9 +321,15 @@ class Study:
     self._run.write_cell(cell, record, said)
     print(f'{label}: {scores.headline} {scores.means[scores.headline]:.1f}', file=sys.stderr)
 
-  def _provenance(self, task: Task, rows: TaskRows | None) -> dict[str, Any]:
+  def _provenance(
+    self, task: Task, rows: TaskRows | None, cell: Cell | None = None
+  ) -> dict[str, Any]:
+    """What a record says of how it came about; with a cell, of that cell's own adapter."""
+    settings = self._settings
+    if cell is not None:
+      settings = dataclasses.replace(settings, lora=self._sized(cell.targets, cell.arm).config)
     return {
-      'settings': dataclasses.asdict(self._settings),
+      'settings': dataclasses.asdict(settings),
       'base': self._base.record,
       'provenance': self._made_from(task),
       'rows': {
@@ -327,15 +343,24 @@ class Study:
 
   def _time_targets(self, grid: Grid) -> None:
     """Times the base and all target sets together, unless that was done before."""
-    held = (self._run.latency() or {'targets': {}})['targets']
-    if set(grid.targets) <= set(held):
+    record = self._run.latency() or {'targets': {}}
+    by_arm = {EQUAL_RANK: record['targets'], **record.get('arms', {})}
+    held = [(name, arm) for arm, times in by_arm.items() for name in times if name != 'base']
+    asked = [(targets, arm) for arm in grid.arms for targets in grid.targets]
+    if {*asked} <= {*held}:
       return
-    names = dict.fromkeys([*grid.targets, *(name for name in held if name != 'base')])
-    paths = {targets: lora.resolve(targets, self._params) for targets in names}
-    settings = self._settings
-    times = latency.measure(self._model, self._params, paths, settings.lora, settings.latency_turns)
-    device = jax.devices()[0].device_kind
-    self._run.write_latency({'targets': times, 'device': device, 'dtype': settings.train.dtype})
+    sets = {
+      of: (lora.resolve(of[0], self._params), self._sized(*of).config)
+      for of in dict.fromkeys([*asked, *held])
+    }
+    turns, device = self._settings.latency_turns, jax.devices()[0].device_kind
+    base, times = latency.measure(self._model, self._params, sets, turns)
+    by_arm = {arm: {'base': base} for arm in (EQUAL_RANK, *(arm for _, arm in sets))}
+    for (targets, arm), own in times.items():
+      by_arm[arm][targets] = own
+    record = {'targets': by_arm.pop(EQUAL_RANK), 'device': device}
+    record |= {'dtype': self._settings.train.dtype, **({'arms': by_arm} if by_arm else {})}
+    self._run.write_latency(record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +373,8 @@ class _GridCell:
   @property
   def label(self) -> str:
     """For people."""
-    return f'{self.cell.dataset} {self.cell.targets} seed {self.cell.seed}'
+    arm = '' if self.cell.arm == EQUAL_RANK else f' {self.cell.arm}'
+    return f'{self.cell.dataset} {self.cell.targets}{arm} seed {self.cell.seed}'
 
 
 def _scores_record(scores: Scores) -> dict[str, Any]:

@@ -30,9 +30,10 @@ def ablate(*arguments):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """One small run over two datasets and the one that needs vision."""
+  """One small run in both arms over two datasets and the one that needs vision."""
   out = tmp_path_factory.mktemp('run') / 'out'
-  arguments = (*SMOKE, '--datasets=medmcqa,cocohd,llava_cot', f'--out={out}')
+  more = ('--datasets=medmcqa,cocohd,llava_cot', '--arms=equal_rank,equal_parameters')
+  arguments = (*SMOKE, *more, f'--out={out}')
   return out, arguments, ablate(*arguments)
 
 
@@ -46,6 +47,9 @@ def test_a_run_leaves_a_report_and_names_it(finished):
   assert 'MedMCQA' in report
   assert 'needs vision' in report
   assert 'synthetic' in report
+  assert '## At equal parameters' in report
+  sizes = 'at equal parameters, 4,096 trainable: o_proj,fc2 rank 13 with 4,160 (+1.6 %)'
+  assert sizes in ' '.join(done.stdout.split())
 
 
 def test_records_hold_configuration_scores_and_versions(finished):
@@ -163,6 +167,12 @@ def test_other_settings_in_the_same_directory_are_refused(finished):
     (['--base=missing.gguf'], ['missing.gguf']),
     (['--preset=huge'], ['huge', 'quick']),
     (['--rank=0'], ['--rank=0']),
+    (['--arms=equal_parameters'], ['--arms=equal_parameters', 'equal_rank,equal_parameters']),
+    (['--arms=equal_rank,equal'], ['--arms=equal_rank,equal', 'equal_rank,equal_parameters']),
+    (
+      ['--arms=equal_rank,equal_parameters', '--rank_pattern=fc2=8'],
+      ['--rank_pattern', '--arms=equal_parameters'],
+    ),
     (['--dropout=1'], ['--dropout=1', 'below 1']),
     (['--rank_pattern=o_proj'], ['--rank_pattern=o_proj', 'o_proj=8']),
     (['--rank_pattern=o_proj=1.5'], ['--rank_pattern=o_proj=1.5']),

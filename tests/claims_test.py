@@ -52,8 +52,9 @@ def run(world, tmp_path, monkeypatch):
   return RunDirectory(shutil.copytree(world, tmp_path / 'run'))
 
 
-def verdict(run, claim, arm=''):
-  held = {found.claim: found for found in judge(gather(run), arm)}
+def verdict(run, claim, arm=None):
+  results = gather(run)
+  held = {found.claim: found for found in judge(results.others[arm] if arm else results)}
   assert list(held) == [f'C{i}' for i in range(1, 9)]
   assert all(found.numbers for found in held.values())
   return held[claim].verdict
@@ -229,5 +230,6 @@ def test_arms_are_judged_apart(run):
         change(run, dataset, targets, -lift, arm='equal_parameters')
   assert verdict(run, 'C8') == HOLDS
   assert verdict(run, 'C8', 'equal_parameters') == DOES_NOT_HOLD
-  names = gather(run).configurations
-  assert names[9:] == [f'{targets} (equal_parameters)' for targets in ARTICLE_TARGETS]
+  results = gather(run)
+  assert results.configurations == ['base', *ARTICLE_TARGETS]
+  assert results.others['equal_parameters'].configurations == results.configurations

@@ -20,9 +20,21 @@ def start(path, base='smollm2-135m-instruct', data='../rows', **train):
 
 
 def plant(
-  run, dataset, targets, rows, seed=0, unfinished=0, others=None, description=None, arm='equal_rank'
+  run,
+  dataset,
+  targets,
+  rows,
+  seed=0,
+  unfinished=0,
+  others=None,
+  description=None,
+  arm='equal_rank',
+  size=None,
 ):
-  """Writes a record with these headline scores (0..1) of rows named by their place."""
+  """Writes a record with these headline scores (0..1) of rows named by their place.
+
+  `size` is what its record says of a rank that was solved.
+  """
   headline = HEADLINES.get(dataset, 'accuracy')
   base = targets == 'base'
   cell = Cell('smollm2-135m-instruct', dataset, targets, '' if base else arm, seed)
@@ -43,6 +55,7 @@ def plant(
       'modules': ['layers/attn/o_proj'],
       'trainable_params': 1_234_567,
       'adapter_bytes': 3 * 2**20 // 2,
+      **(size or {}),
     },
     'train': {
       'losses': [2.0, 1.5, 1.0, 0.5],
@@ -60,8 +73,8 @@ def plant(
   run.write_cell(cell, {**record, **({} if base else trained)})
 
 
-def plant_status(run, dataset, targets, status, seed=0, **more):
-  arm = '' if targets == 'base' else 'equal_rank'
+def plant_status(run, dataset, targets, status, seed=0, arm='equal_rank', **more):
+  arm = '' if targets == 'base' else arm
   cell = Cell('smollm2-135m-instruct', dataset, targets, arm, seed)
   run.write_cell(cell, {**common(4, None), 'status': status, **more})
 

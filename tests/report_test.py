@@ -1,5 +1,6 @@
 """The report states what the records say: each number, each status, and nothing else."""
 
+import itertools
 import math
 import random
 import xml.etree.ElementTree
@@ -18,11 +19,10 @@ DRAWINGS = ('accuracy_prefill.svg', 'accuracy_decode.svg', 'difficulty_spread.sv
 def section(text, title):
   """Column -> cell of each row of a section's first table, by the row's first cell."""
   lines = text.split(f'\n## {title}\n')[1].split('\n## ')[0].splitlines()
-  table = [
-    [cell.strip() for cell in line.strip('|').split(' | ')] for line in lines if line[:1] == '|'
-  ]
-  header, _, *rows = table
-  assert all(line.endswith('|') for line in lines if line[:1] == '|')
+  start = next(i for i, line in enumerate(lines) if line[:1] == '|')
+  lines = [*itertools.takewhile(lambda line: line[:1] == '|', lines[start:])]
+  header, _, *rows = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
+  assert all(line.endswith('|') for line in lines)
   assert all(len(row) == len(header) for row in rows)
   return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 

@@ -1,7 +1,7 @@
 """Which target set for which priority, with why and with what the evidence lacks.
 
-A recommendation is read off the averages over the datasets that are complete; it is
-always one of the article's arm, and says which others the noise does not tell from it.
+A recommendation is read off the averages over the datasets that are complete, at equal
+rank as in the article, and says which others the noise does not tell from it.
 """
 
 import dataclasses

@@ -33,6 +33,7 @@ from lora_jax.report.view import (
   count,
   most_of,
   numbers_of,
+  spearman,
   threshold,
   too_few,
 )
@@ -69,9 +70,9 @@ class Verdict:
   numbers: tuple[str, ...]
 
 
-def judge(results: Results, arm: str = '') -> list[Verdict]:
+def judge(results: Results) -> list[Verdict]:
   """All eight claims, in order."""
-  view = View(results, arm)
+  view = View(results)
   pair = (O_PROJ, O_PROJ_FC2)
   claims: tuple[tuple[str, Sequence[str], Callable[[View], list[Statement]]], ...] = (
     ('`o_proj` is the most robust single target', SINGLE, _robust),
@@ -90,7 +91,7 @@ def judge(results: Results, arm: str = '') -> list[Verdict]:
     so = all_of(statement.so for statement in statements)
     verdict = UNDETERMINED if so is None else HOLDS if so else DOES_NOT_HOLD
     numbers = [f'{told[s.so]}: {s.says}' for s in statements]
-    missing = [code(name) for name in needs if view.name(name) not in view.trained]
+    missing = [code(name) for name in needs if name not in view.trained]
     if missing:
       numbers.insert(0, f'not run: {", ".join(missing)}')
     verdicts.append(Verdict(f'C{number}', states, verdict, tuple(numbers)))
@@ -142,12 +143,11 @@ def _worst(view: View) -> Statement:
   if len(found) < len(known) or len(found) < ENOUGH:
     return Statement(f'{says} ({len(found)} of {len(known)} datasets have all four)', None)
   lowest = {
-    single: np.min([s.draws(view.name(single)) - s.draws(BASE) for s in found], axis=0)
-    for single in SINGLE
+    single: np.min([s.draws(single) - s.draws(BASE) for s in found], axis=0) for single in SINGLE
   }
   shown, sides = [], []
   for single in SINGLE:
-    compared = [s.compare(view.name(single), BASE) for s in found]
+    compared = [s.compare(single, BASE) for s in found]
     shown.append(f'{code(single)} {min(c.difference for c in compared if c):+.1f}')
     if single != O_PROJ:
       low, high = interval(lowest[O_PROJ] - lowest[single], LEVEL / (len(SINGLE) - 1))
@@ -203,9 +203,9 @@ def _combined(view: View) -> list[Statement]:
     if held is None:
       sides.append(None)
       continue
-    best = [np.max([held.draws(view.name(n)) for n in of], axis=0) for of in (COMBINED, SINGLE)]
+    best = [np.max([held.draws(n) for n in of], axis=0) for of in (COMBINED, SINGLE)]
     gains.append(best[0] - best[1])
-    mean = lambda names, d=dataset: max(d.entries[view.name(n)].mean or 0.0 for n in names)
+    mean = lambda names, d=dataset: max(d.entries[n].mean or 0.0 for n in names)
     points.append(mean(COMBINED) - mean(SINGLE))
     low, high = interval(gains[-1])
     sides.append(True if low > 0 else False if high < 0 else None)
@@ -240,7 +240,7 @@ def _harder(view: View) -> list[Statement]:
   if len(base) < ENOUGH:
     widens = Statement(f'{says} ({too_few(len(base))})', None)
   else:
-    draws = _spearman(np.array(base), np.array(ranges))
+    draws = spearman(np.array(base), np.array(ranges))
     low, high = interval(draws)
     middle = float(np.median(draws))
     so = True if high < 0 else False if low > 0 else None
@@ -253,15 +253,6 @@ def _harder(view: View) -> list[Statement]:
     both = [view.compare(cocohd, name, BASE) for name in (O_PROJ_FC2, O_PROJ)]
     numbers = ' and '.join(f'{numbers_of(c)}' for c in both) + ' over the base'
   return [widens, Statement(f'on CoCoHD `o_proj,fc2` gains more than `o_proj` ({numbers})', so)]
-
-
-def _spearman(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
-  from scipy import stats
-
-  x_DN, y_DN = (stats.rankdata(values, axis=0) for values in (x_DN, y_DN))
-  x_DN, y_DN = x_DN - x_DN.mean(axis=0), y_DN - y_DN.mean(axis=0)
-  scale_N = np.sqrt((x_DN**2).sum(axis=0) * (y_DN**2).sum(axis=0))
-  return (x_DN * y_DN).sum(axis=0) / np.where(scale_N > 0, scale_N, 1.0)
 
 
 def _accuracy(view: View) -> list[Statement]:
@@ -283,7 +274,7 @@ def _accuracy(view: View) -> list[Statement]:
     shown.append(f'{dataset.title} {middle:+.1f} %')
   held, best, leads = view.results.average_statistics, [], []
   for name in view.trained if held else ():
-    lead = held.compare(name, view.name(O_PROJ_FC2)) if held else None
+    lead = held.compare(name, O_PROJ_FC2) if held else None
     if lead:
       best.append(False if lead.beyond_noise > 0 else True if lead.high <= FEW else None)
       leads.append((lead.difference, name))
@@ -323,7 +314,7 @@ def _faster(view: View) -> list[Statement]:
   quartiles of both, false where even the quartiles furthest apart give less, and open
   where nothing was measured or the quartiles reach from slower to 22.6 %.
   """
-  times = [view.results.times(view.name(name)) for name in (O_PROJ, O_PROJ_FC2)]
+  times = [view.results.times(name) for name in (O_PROJ, O_PROJ_FC2)]
   statements = []
   for work in ('prefill', 'decode'):
     if None in times:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_jax.report import findings, sections
+from lora_jax.report import findings, report, sections, tables
 from lora_jax.report.claims import DOES_NOT_HOLD, HOLDS, judge
 from lora_jax.report.document import BAD, EVEN, GOOD, Cell, Document, Section, Table
-from lora_jax.report.report import save
 from lora_jax.report.results import BASE, Results
 from lora_jax.report.tables import NOTHING, code
 
@@ -24,7 +23,7 @@ def write(runs: Mapping[str, Results], directory: Path) -> str:
   Raises:
     UserError: a file cannot be written.
   """
-  save(describe(runs), directory, 'comparison')
+  report.save(describe(runs), directory, 'comparison')
   return f'comparison: {directory / "comparison.html"} and {directory / "comparison.md"}'
 
 
@@ -34,7 +33,7 @@ def describe(runs: Mapping[str, Results]) -> Document:
   warnings = [
     f'{code(name)}: {warning}'
     for name, results in named.items()
-    for warning in sections.warnings(results)
+    for warning in report.warnings(results)
   ]
   return Document(
     title='LoRA target modules, several runs side by side',
@@ -43,8 +42,24 @@ def describe(runs: Mapping[str, Results]) -> Document:
       'is better within a run compares always.'
     ],
     warnings=warnings,
-    sections=[_runs(named), _advice(named), _claims(named), _averages(named), *_datasets(named)],
+    sections=[
+      _runs(named),
+      _advice(named),
+      _claims(named),
+      _averages(named, 'Average difference to the base'),
+      *_other_arms(named),
+      *_datasets(named),
+    ],
   )
+
+
+def _other_arms(named: Mapping[str, Results]) -> list[Section]:
+  """What runs have beside equal rank, run by run."""
+  found = []
+  for arm in dict.fromkeys(arm for results in named.values() for arm in results.others):
+    those = {name: r.others[arm] for name, r in named.items() if arm in r.others}
+    found.append(_averages(those, f'Average difference to the base, at {tables.arm_title(arm)}'))
+  return found
 
 
 def _named(runs: Mapping[str, Results]) -> dict[str, Results]:
@@ -89,7 +104,7 @@ def _claims(named: Mapping[str, Results]) -> Section:
   return Section('The article’s claims', [Table(header, rows, len(header))])
 
 
-def _averages(named: Mapping[str, Results]) -> Section:
+def _averages(named: Mapping[str, Results], title: str) -> Section:
   names = dict.fromkeys(n for results in named.values() for n in results.configurations[1:])
   rows = []
   for name in names:
@@ -101,7 +116,7 @@ def _averages(named: Mapping[str, Results]) -> Section:
     f'Points above the base on average over the complete datasets. {findings.MARKS_NOTE} A '
     'parameter of a bigger base is not a parameter of a smaller one: see each report for sizes.'
   )
-  return Section('Average difference to the base', [Table(['', *map(code, named)], rows, 1, note)])
+  return Section(title, [Table(['', *map(code, named)], rows, 1, note)])
 
 
 def _datasets(named: Mapping[str, Results]) -> list[Section]:

@@ -3,7 +3,7 @@
 from lora_jax.report import plots, tables
 from lora_jax.report.advice import recommend
 from lora_jax.report.article import ADVICE, SOURCE, TRADE_OFFS
-from lora_jax.report.claims import DOES_NOT_HOLD, HOLDS, judge
+from lora_jax.report.claims import DOES_NOT_HOLD, HOLDS, Verdict, judge
 from lora_jax.report.document import (
   BAD,
   BEST,
@@ -21,8 +21,7 @@ from lora_jax.report.document import (
 from lora_jax.report.results import BASE, DONE, PARTLY_DIVERGED, Dataset, Entry, Results
 from lora_jax.report.sections import columns, status
 from lora_jax.report.statistics import DatasetStatistics
-from lora_jax.report.tables import NOTHING, code
-from lora_jax.report.view import arms
+from lora_jax.report.tables import NOTHING, arm_title, code
 
 _MARKS = {1: '▲', -1: '▼', 0: '≈'}
 _TONES = {1: GOOD, -1: BAD, 0: EVEN}
@@ -39,17 +38,8 @@ def recommendations(results: Results) -> tuple[Section, list[Card]]:
 
 
 def claims(results: Results) -> Section:
-  """The article's claims, in each arm of the run."""
-  blocks: list[Block] = []
-  for arm in ('', *arms(results)):
-    rows = []
-    for verdict in judge(results, arm):
-      tone = {HOLDS: GOOD, DOES_NOT_HOLD: BAD}.get(verdict.verdict, EVEN)
-      cells = [Cell(verdict.verdict, tone=tone), verdict.states, '\n'.join(verdict.numbers)]
-      rows.append([verdict.claim, *cells])
-    if arm:
-      blocks.append(f'In the arm {code(arm)}:')
-    blocks.append(Table(['', 'verdict', 'claim', 'what decides'], rows, left=4))
+  """The article's claims at equal rank, and beside each verdict that of the other arms."""
+  blocks: list[Block] = [verdicts(results)]
   blocks.append(
     'A claim holds where every statement that makes it up is so beyond the noise, does not hold '
     'where one is not so beyond the noise, and is undetermined otherwise: cells missing, too few '
@@ -57,6 +47,27 @@ def claims(results: Results) -> Section:
     'places (C1 and C4 on CoCoHD, C5 and C6, C2 and C8); each is judged alone.'
   )
   return Section('The article’s claims', blocks)
+
+
+def verdicts(results: Results) -> Table:
+  """What an arm says of each claim, with the verdict of the arms beside it."""
+  beside = {arm_title(arm): judge(other) for arm, other in results.others.items()}
+  rows = [
+    [
+      own.claim,
+      _verdict(own),
+      *(_verdict(of_arm[i]) for of_arm in beside.values()),
+      own.states,
+      '\n'.join(own.numbers),
+    ]
+    for i, own in enumerate(judge(results))
+  ]
+  header = ['', 'verdict', *(f'at {arm}' for arm in beside), 'claim', 'what decides']
+  return Table(header, rows, len(header))
+
+
+def _verdict(held: Verdict) -> Cell:
+  return Cell(held.verdict, tone={HOLDS: GOOD, DOES_NOT_HOLD: BAD}.get(held.verdict, EVEN))
 
 
 def scores(results: Results) -> Section:

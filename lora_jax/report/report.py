@@ -13,12 +13,11 @@ from typing import Any
 
 from lora_jax.presets import EQUAL_RANK
 from lora_jax.records import RunDirectory, write_json, write_text
-from lora_jax.report import document, findings, page, sections, svg, terminal
+from lora_jax.report import arms, document, findings, page, sections, svg, terminal
 from lora_jax.report.claims import judge
 from lora_jax.report.document import Card, Document
 from lora_jax.report.results import BASE, Dataset, Results, gather
 from lora_jax.report.statistics import DatasetStatistics
-from lora_jax.report.view import arms
 
 FORMAT = 2
 
@@ -64,7 +63,7 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
   made = Document(
     title=f'LoRA target modules on {sections.base_name(results)}',
     intro=sections.what_was_run(results).split('\n\n'),
-    warnings=sections.warnings(results),
+    warnings=warnings(results),
     sections=[
       recommended,
       findings.claims(results),
@@ -73,6 +72,7 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
       findings.to_best(results),
       findings.robustness(results),
       findings.accuracy_latency(results),
+      *arms.beside(results),
       findings.difficulty(results),
       findings.noise(results),
       sections.each_seed(results),
@@ -86,6 +86,11 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
     ],
   )
   return made, cards
+
+
+def warnings(results: Results) -> list[str]:
+  """What a reader must not overlook, a sentence each."""
+  return [*sections.warnings(results), *arms.missed(results)]
 
 
 def save(made: Document, directory: Path, name: str) -> None:
@@ -110,7 +115,21 @@ def as_json(results: Results, cards: list[Card]) -> dict[str, Any]:
     'settings': settings,
     'preset': sections.preset_name(results.shared['settings']),
     'versions': results.versions,
-    'warnings': sections.warnings(results),
+    'warnings': warnings(results),
+    **_arm(results),
+    'latency': results.latency,
+    'claims': {
+      arm: [dataclasses.asdict(verdict) for verdict in judge(of_arm)]
+      for arm, of_arm in {EQUAL_RANK: results, **results.others}.items()
+    },
+    'recommendations': [dataclasses.asdict(card) for card in cards],
+    **({'arms': others} if (others := _others(results)) else {}),
+  }
+
+
+def _arm(results: Results) -> dict[str, Any]:
+  """Scores and costs of one arm."""
+  return {
     'order': {
       'configurations': results.configurations,
       'datasets': [dataset.name for dataset in results.datasets],
@@ -127,14 +146,21 @@ def as_json(results: Results, cards: list[Card]) -> dict[str, Any]:
       },
     },
     'costs': {name: dataclasses.asdict(cost) for name, cost in results.costs.items()},
-    'latency': results.latency,
     'average_comparisons': _comparisons(results.average_statistics),
-    'claims': {
-      arm or EQUAL_RANK: [dataclasses.asdict(verdict) for verdict in judge(results, arm)]
-      for arm in ('', *arms(results))
-    },
-    'recommendations': [dataclasses.asdict(card) for card in cards],
   }
+
+
+def _others(results: Results) -> dict[str, Any]:
+  """The arms beside equal rank, with how each set was sized and how far the ranking agrees."""
+  found = {}
+  for arm, other in results.others.items():
+    agreed = arms.correlate(results, other)
+    found[arm] = {
+      **_arm(other),
+      'sizes': {name: dataclasses.asdict(size) for name, size in other.sizes.items()},
+      'rank_correlation': agreed and dataclasses.asdict(agreed),
+    }
+  return found
 
 
 def _dataset(results: Results, dataset: Dataset) -> dict[str, Any]:

@@ -119,8 +119,25 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Size:
+  """The adapter of a configuration whose rank was solved.
+
+  Attributes:
+    rank: of all its modules.
+    budget: trainable parameters aimed at.
+    miss: how far it is above them, as a share.
+    most_rank: the highest rank that its modules can use.
+  """
+
+  rank: int
+  budget: int
+  miss: float
+  most_rank: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
-  """All of a report.
+  """One arm of a run, the article's of equal rank, and the others beside it.
 
   Attributes:
     shared: what `RunDirectory.claim` was given.
@@ -130,8 +147,10 @@ class Results:
     averages: configuration -> average; empty where no dataset is complete.
     average_statistics: of those averages, or None.
     costs: configuration -> cost, of those that were trained.
-    latency: the content of latency.json, or None.
+    latency: the content of latency.json with this arm's times as its 'targets', or None.
     versions: package (and 'python', 'device') -> the versions that records name.
+    sizes: configuration -> how its rank was solved, where it was.
+    others: arm -> its results, of the arms beside this one.
   """
 
   shared: dict[str, Any]
@@ -143,6 +162,8 @@ class Results:
   costs: dict[str, Cost]
   latency: dict[str, Any] | None
   versions: dict[str, list[str]]
+  sizes: dict[str, Size] = dataclasses.field(default_factory=dict)
+  others: dict[str, 'Results'] = dataclasses.field(default_factory=dict)
 
   @property
   def complete(self) -> list[Dataset]:
@@ -163,42 +184,58 @@ def gather(run: RunDirectory) -> Results:
   records = run.cells()
   if not records or not (run.path / 'run.json').exists():
     raise UserError(f'{run.path} holds no finished cells; run `python -m experiments.ablate` first')
+  shared, latency = read_json(run.path / 'run.json')['shared'], run.latency()
+  arms = sorted({record['cell']['arm'] for record in records} - {'', EQUAL_RANK})
+  others = {arm: _arm(arm, records, shared, latency) for arm in arms}
+  return dataclasses.replace(_arm(EQUAL_RANK, records, shared, latency), others=others)
+
+
+def _arm(
+  arm: str,
+  all_records: Sequence[dict[str, Any]],
+  shared: dict[str, Any],
+  latency: dict[str, Any] | None,
+) -> Results:
+  """The base and what one arm has beside it."""
+  records = [record for record in all_records if record['cell']['arm'] in ('', arm)]
   groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
   for record in records:
-    groups.setdefault((record['cell']['dataset'], _configuration(record)), []).append(record)
-  others = sorted({record['cell']['arm'] for record in records} - {'', EQUAL_RANK})
-  first = [f'{targets} ({arm})' for arm in others for targets in ARTICLE_TARGETS]
-  configurations = _ordered({BASE, *(name for _, name in groups)}, (BASE, *ARTICLE_TARGETS, *first))
+    groups.setdefault((record['cell']['dataset'], record['cell']['targets']), []).append(record)
+  configurations = _ordered({BASE, *(name for _, name in groups)}, (BASE, *ARTICLE_TARGETS))
   names = _ordered({name for name, _ in groups}, tuple(TASKS))
   datasets = [
-    _dataset(name, {key: groups.get((name, key), []) for key in configurations}) for name in names
+    _dataset(name, arm, {key: groups.get((name, key), []) for key in configurations})
+    for name in names
   ]
   complete = [dataset for dataset in datasets if dataset.complete]
   known = [dataset.statistics for dataset in complete if dataset.statistics is not None]
   trained = {key: [] for key in configurations}
   for record in records:
     if 'train' in record:
-      trained[_configuration(record)].append(record)
+      trained[record['cell']['targets']].append(record)
+  solved = {key: runs[0]['lora'] for key, runs in trained.items() if runs}
+  fields = [field.name for field in dataclasses.fields(Size)]
+  if latency is not None and arm != EQUAL_RANK:
+    latency = {**latency, 'targets': latency.get('arms', {}).get(arm, {})}
   return Results(
-    shared=read_json(run.path / 'run.json')['shared'],
-    base=records[0]['base'],
+    shared=shared,
+    base=all_records[0]['base'],
     configurations=configurations,
     datasets=datasets,
     averages=_averages(complete, configurations),
     average_statistics=statistics.average(known) if known and len(known) == len(complete) else None,
     costs={key: _cost(runs) for key, runs in trained.items() if runs},
-    latency=run.latency(),
+    latency=latency,
     versions={
-      package: sorted({record['versions'][package] for record in records})
-      for package in records[0]['versions']
+      package: sorted({record['versions'][package] for record in all_records})
+      for package in all_records[0]['versions']
+    },
+    sizes={
+      key: Size(**{field: held[field] for field in fields})
+      for key, held in solved.items()
+      if 'budget' in held
     },
   )
-
-
-def _configuration(record: Mapping[str, Any]) -> str:
-  """Name of a record's column: its targets, and its arm where that is not the usual one."""
-  targets, arm = record['cell']['targets'], record['cell']['arm']
-  return targets if arm in ('', EQUAL_RANK) else f'{targets} ({arm})'
 
 
 def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
@@ -207,7 +244,7 @@ def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
   return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
 
 
-def _dataset(name: str, by_configuration: Mapping[str, list[dict[str, Any]]]) -> Dataset:
+def _dataset(name: str, arm: str, by_configuration: Mapping[str, list[dict[str, Any]]]) -> Dataset:
   records = [record for group in by_configuration.values() for record in group]
   scored = [record for record in records if record['status'] == DONE]
   headline = scored[0]['scores']['headline'] if scored else ''
@@ -221,12 +258,12 @@ def _dataset(name: str, by_configuration: Mapping[str, list[dict[str, Any]]]) ->
       key: _entry(group, headline, base_rows if key != BASE else {})
       for key, group in by_configuration.items()
     },
-    statistics=_statistics(name, by_configuration, headline),
+    statistics=_statistics(name, arm, by_configuration, headline),
   )
 
 
 def _statistics(
-  dataset: str, by_configuration: Mapping[str, list[dict[str, Any]]], headline: str
+  dataset: str, arm: str, by_configuration: Mapping[str, list[dict[str, Any]]], headline: str
 ) -> DatasetStatistics | None:
   scores, seeds = {}, {}
   for key, group in by_configuration.items():
@@ -247,7 +284,7 @@ def _statistics(
     key: np.array([[seed[row] for row in rows] for seed in of_seeds])
     for key, of_seeds in scores.items()
   }
-  table = RowScores(dataset, tuple(rows), x_SR, seeds, BASE)
+  table = RowScores(dataset, tuple(rows), x_SR, seeds, BASE, '' if arm == EQUAL_RANK else arm)
   return statistics.analyse(table, len(by_configuration))
 
 

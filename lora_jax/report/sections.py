@@ -10,7 +10,7 @@ from lora_jax.presets import PRESETS
 from lora_jax.report import tables
 from lora_jax.report.document import Block, Bullets, Cell, Section, Table
 from lora_jax.report.results import BASE, NEEDS_VISION, Entry, Results
-from lora_jax.report.tables import NOTHING, code
+from lora_jax.report.tables import NOTHING, arm_title, code
 
 # Share of generations stopped by the token limit from which the reader should know.
 _MANY_UNFINISHED = 0.1
@@ -79,6 +79,7 @@ def what_was_run(results: Results) -> str:
     f'{train["dtype"]}{quantized}{_ends(train)}; '
     f'{plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
     + (f'preset {code(preset)}.' if preset else 'settings of its own, no preset.')
+    + ''.join(f' Beside it stands an arm at {arm_title(arm)}.' for arm in results.others)
     + f'\n\nRows used: {_source(results)}. How many, and how each task is posed: see "Rows and '
     'tasks".'
   )

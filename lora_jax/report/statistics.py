@@ -52,6 +52,8 @@ class RowScores:
     scores: configuration -> x_SR in 0..100, a row for each seed; the base's first.
     seeds: configuration -> its seeds, in the order of x_SR.
     base: the configuration that was not trained.
+    arm: told apart from others: the same rows are drawn in all arms, and errors of seeds
+      are not.
   """
 
   dataset: str
@@ -59,6 +61,7 @@ class RowScores:
   scores: Mapping[str, np.ndarray]
   seeds: Mapping[str, tuple[int, ...]]
   base: str = 'base'
+  arm: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,7 @@ def analyse(table: RowScores, configurations: int = 0) -> DatasetStatistics:
   errors = _seed_errors(table)
   noise_CN = np.zeros((len(names), draws))
   for place, (name, error) in enumerate(errors.scales.items()):
-    noise_CN[place] = error * _generator(table, name).standard_t(errors.freedom, draws)
+    noise_CN[place] = error * _generator(table, name + table.arm).standard_t(errors.freedom, draws)
   noise_PN = np.array([noise_CN[i] - noise_CN[j] for i, j in pairs]).reshape(len(pairs), draws)
   return _statistics(
     names,

@@ -59,6 +59,11 @@ def code(text: str) -> str:
   return f'`{text.replace("`", "´")}`'
 
 
+def arm_title(arm: str) -> str:
+  """An arm for people: 'equal parameters'."""
+  return arm.replace('_', ' ')
+
+
 def significant(value: float) -> str:
   """A positive number with three digits, or as many as its whole part has."""
   return f'{value:,.0f}' if value >= 100 else f'{value:#.3g}'

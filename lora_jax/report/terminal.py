@@ -5,6 +5,7 @@ columns that still do not fit go into a further table below.
 """
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_jax.report.results import NEEDS_VISION, PARTLY_DIVERGED, Average, Entry, Results
-from lora_jax.report.tables import best, entry_score, score
+from lora_jax.report.tables import arm_title, best, entry_score, score
 
 # A longer word of a column's name, as of a regular expression, may be cut anywhere.
 _HEADER_WORD = 8
@@ -29,9 +30,19 @@ def render(results: Results, width: int) -> str:
   A star marks what is bold in Markdown, since bold does not survive a log file.
 
   Args:
-    results: the numbers.
+    results: the numbers; other arms follow below.
     width: columns of the terminal; lines are no longer, unless a single column is.
   """
+  tables, legend = _arm(results, width)
+  for arm, other in results.others.items():
+    below, more = _arm(other, width)
+    tables += [*_title(arm, other, width), '', *below]
+    legend |= more
+  return '\n'.join([*tables, *legend])
+
+
+def _arm(results: Results, width: int) -> tuple[list[str], dict[str, None]]:
+  """The tables of one arm, and what explains their marks."""
   unseen = [
     dataset.title
     for dataset in results.datasets
@@ -49,7 +60,21 @@ def render(results: Results, width: int) -> str:
     legend.append('† without the seeds that diverged')
   if unseen:
     legend.append(f'not run, needs vision: {", ".join(unseen)}')
-  return '\n'.join([*_tables(results.configurations, rows, width), *legend])
+  return _tables(results.configurations, rows, width), dict.fromkeys(legend)
+
+
+def _title(arm: str, results: Results, width: int) -> list[str]:
+  """Which arm, and the rank of each set with its size beside the budget."""
+  held = lambda name: f'{results.costs[name].trainable_params:,}'
+  sizes = [
+    f'{name} rank {size.rank} with {held(name)} ({100 * size.miss:+.1f} %)'
+    for name, size in results.sizes.items()
+  ]
+  text = f'at {arm_title(arm)}'
+  if sizes:
+    budget = next(iter(results.sizes.values())).budget
+    text += f', {budget:,} trainable: {"; ".join(sizes)}'
+  return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def _tables(names: Sequence[str], rows: Sequence[_Row], width: int) -> list[str]:

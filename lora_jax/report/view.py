@@ -1,4 +1,4 @@
-"""One arm of a run as claims and recommendations look at it, and three-valued logic.
+"""An arm of a run as claims and recommendations look at it, and three-valued logic.
 
 A statement about a run is true, false, or open (`None`): what is inside the noise, or was
 not measured, decides nothing.
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lora_jax.presets import ARTICLE_TARGETS
 from lora_jax.report.results import BASE, DONE, NEEDS_VISION, Dataset, Results
 from lora_jax.report.statistics import Comparison, DatasetStatistics, interval
 from lora_jax.report.tables import NOTHING, spread
@@ -25,27 +24,15 @@ class View:
   """One arm of a run.
 
   Attributes:
-    results: the run.
-    arm: 'equal_parameters' and the like; '' is the article's.
+    results: that arm.
   """
 
   results: Results
-  arm: str = ''
-
-  def name(self, targets: str) -> str:
-    """The configuration's name in the tables."""
-    return targets if targets == BASE or not self.arm else f'{targets} ({self.arm})'
 
   @property
   def trained(self) -> list[str]:
-    """The configurations of this arm, as they are named in the tables."""
-    others = tuple(f' ({arm})' for arm in arms(self.results) if arm != self.arm)
-    own = f' ({self.arm})' if self.arm else ''
-    return [
-      name
-      for name in self.results.configurations[1:]
-      if name.endswith(own) and not name.endswith(others)
-    ]
+    """The configurations beside the base."""
+    return self.results.configurations[1:]
 
   @property
   def datasets(self) -> list[Dataset]:
@@ -58,7 +45,7 @@ class View:
 
   def known(self, dataset: Dataset, targets: Iterable[str]) -> DatasetStatistics | None:
     """The dataset's statistics, if the base and all of these target sets are done."""
-    names = [BASE, *map(self.name, targets)]
+    names = [BASE, *targets]
     if any(n not in dataset.entries or dataset.entries[n].status != DONE for n in names):
       return None
     return dataset.statistics
@@ -66,15 +53,15 @@ class View:
   def compare(self, dataset: Dataset, first: str, second: str) -> Comparison | None:
     """Two target sets, or one and the base, on a dataset where both are done."""
     held = self.known(dataset, (first, second))
-    return held.compare(self.name(first), self.name(second)) if held else None
+    return held.compare(first, second) if held else None
 
   def ahead(self, dataset: Dataset, targets: str) -> Comparison | None:
-    """The best of the other sets of this arm against this one."""
-    held, own = self.known(dataset, (targets,)), self.name(targets)
-    others = [n for n in self.trained if n != own and dataset.entries[n].status == DONE]
+    """The best of the other sets against this one."""
+    held = self.known(dataset, (targets,))
+    others = [n for n in self.trained if n != targets and dataset.entries[n].status == DONE]
     if held is None or not others:
       return None
-    return held.compare(max(others, key=lambda n: dataset.entries[n].mean or 0.0), own)
+    return held.compare(max(others, key=lambda n: dataset.entries[n].mean or 0.0), targets)
 
   def percent(
     self, datasets: Sequence[Dataset], more: str, less: str, of: str
@@ -87,27 +74,15 @@ class View:
     if not found or None in found:
       return None
     draws = {
-      name: np.mean([held.draws(self.name(name)) for held in found if held], axis=0)
-      for name in (more, less)
+      name: np.mean([held.draws(name) for held in found if held], axis=0) for name in (more, less)
     }
     means = {
-      name: np.mean([d.entries[self.name(name)].mean or 0.0 for d in datasets])
-      for name in (more, less)
+      name: np.mean([d.entries[name].mean or 0.0 for d in datasets]) for name in (more, less)
     }
     if means[of] < _LEAST_SCORE or draws[of].min() <= 0:
       return None
     low, high = interval(100 * (draws[more] - draws[less]) / draws[of])
     return float(100 * (means[more] - means[less]) / means[of]), low, high
-
-
-def arms(results: Results) -> list[str]:
-  """The arms beside the article's that a run has."""
-  found = {}
-  for name in results.configurations:
-    targets, _, rest = name.partition(' (')
-    if targets in ARTICLE_TARGETS and rest.endswith(')'):
-      found[rest[:-1]] = None
-  return [*found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +133,13 @@ def numbers_of(comparison: Comparison | None) -> str:
   if comparison is None:
     return NOTHING
   return spread(comparison.difference, comparison.low, comparison.high)
+
+
+def spearman(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
+  """Rank correlation over D of each of N draws; 0 where all are equal."""
+  from scipy import stats  # takes a second to import
+
+  x_DN, y_DN = (stats.rankdata(values, axis=0) for values in (x_DN, y_DN))
+  x_DN, y_DN = x_DN - x_DN.mean(axis=0), y_DN - y_DN.mean(axis=0)
+  scale_N = np.sqrt((x_DN**2).sum(axis=0) * (y_DN**2).sum(axis=0))
+  return (x_DN * y_DN).sum(axis=0) / np.where(scale_N > 0, scale_N, 1.0)
