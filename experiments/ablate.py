@@ -3,6 +3,7 @@
   python -m experiments.ablate --targets=o_proj,fc2
   python -m experiments.ablate --targets=qkv --targets=o_proj --datasets=medmcqa --seeds=0,1,2
   python -m experiments.ablate --arms=equal_rank,equal_parameters
+  python -m experiments.ablate --data=my.jsonl --metric=exact
   python -m experiments.ablate --preset=smoke
 
 Each `--targets` is one configuration, its commas join modules into one set; without
@@ -17,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import _flags, _launcher, _lora_flags
+from lora_jax.config import METRICS, SHORT_METRICS
 from lora_jax.errors import UserError
 from lora_jax.presets import (
   ARMS,
@@ -35,7 +37,18 @@ _TARGETS = flags.DEFINE_multi_string(
 )
 _DATASETS = flags.DEFINE_list('datasets', None, 'Datasets; all seven if not given.')
 _DATA = flags.DEFINE_string(
-  'data', 'synthetic', "Where rows come from: 'synthetic', 'hub', or a directory."
+  'data',
+  'synthetic',
+  "Where rows come from: 'synthetic', 'hub', a directory, or a file of your own (.jsonl).",
+)
+_METRIC = flags.DEFINE_enum(
+  'metric', None, [*METRICS, *SHORT_METRICS], 'How answers to rows of your own are compared.'
+)
+_TEST_DATA = flags.DEFINE_string(
+  'test_data', None, 'File of your own rows to test on; a fifth of --data if not given.'
+)
+_CHOICES = flags.DEFINE_list(
+  'choices', [], 'For --metric=choice: what to choose from; the answers in the file if not given.'
 )
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
@@ -86,12 +99,34 @@ def _arms() -> tuple[str, ...]:
   return given
 
 
+def _own_metric() -> str:
+  """How --data is compared where it is a file of the user's own rows; '' where it is not.
+
+  Raises:
+    UserError: a flag that goes with such a file is missing, or is given without one.
+  """
+  data = _DATA.value
+  own, metric = data.endswith('.jsonl') or Path(data).expanduser().is_file(), _METRIC.value or ''
+  if own and not metric:
+    names = ', '.join(sorted({*METRICS, *SHORT_METRICS} - {*SHORT_METRICS.values()}))
+    raise UserError(f'--data={data}: say by --metric how answers are compared: {names}')
+  if own and _DATASETS.value is not None:
+    raise UserError(f'--datasets: {data} is a task of its own; leave one of the two out')
+  for flag in (_METRIC, _TEST_DATA, _CHOICES):
+    if flag.value and not own:
+      raise UserError(f'--{flag.name} is for rows of your own; give them by --data=FILE.jsonl')
+  if _CHOICES.value and metric != 'choice':
+    raise UserError('--choices is for --metric=choice')
+  return SHORT_METRICS.get(metric, metric)
+
+
 def main() -> None:
   """Checks everything that can be checked, then runs, then reports."""
-  settings, seeds, chosen_arms = settings_from_flags(), _seeds(), _arms()
+  settings, seeds = settings_from_flags(), _seeds()
+  chosen_arms, metric = _arms(), _own_metric()
   # The project's modules take a few seconds to import; --help and a mistake above should not.
   from lora_jax import arms, lora
-  from lora_jax.data import sources, tasks
+  from lora_jax.data import own_rows, sources, tasks
   from lora_jax.hub import bases
   from lora_jax.records import RunDirectory
   from lora_jax.report import report
@@ -103,21 +138,22 @@ def main() -> None:
   _flags.check_targets(targets)
   if EQUAL_PARAMETERS in chosen_arms:
     arms.check(settings.lora)
-  grid = Grid(
-    tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value),
-    targets,
-    seeds,
-    chosen_arms,
-  )
   bases.check_name(settings.base)
-  source = _source(settings, sources)
+  if metric:
+    source = own_rows.read(Path(_DATA.value).expanduser(), _test_path())
+    chosen = (own_rows.make(source, metric, _CHOICES.value),)
+    data = f'{source.path.resolve()} ({metric})'
+  else:
+    chosen = tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value)
+    source = _source(settings, sources)
+    data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
+  grid = Grid(chosen, targets, seeds, chosen_arms)
   for task in grid.tasks:
     source.check(task)
   out = f'runs/{_PRESET.value}' if _OUT.value is None else _OUT.value
   if not out:
     raise UserError('--out is empty; give a directory')
   run = RunDirectory(Path(out).expanduser())
-  data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
   run.claim({'settings': dataclasses.asdict(settings), 'data': data})
   cache = _flags.cache()
 
@@ -132,6 +168,10 @@ def main() -> None:
       file=sys.stderr,
     )
     sys.exit(130)
+
+
+def _test_path() -> Path | None:
+  return None if _TEST_DATA.value is None else Path(_TEST_DATA.value).expanduser()
 
 
 def _source(settings: Settings, sources):

@@ -14,13 +14,15 @@ from pathlib import Path
 from absl import flags
 
 from experiments import _flags, _launcher
-from lora_jax.config import METRICS, FileConfig
+from lora_jax.config import METRICS, SHORT_METRICS, FileConfig
 from lora_jax.errors import UserError
 from lora_jax.presets import Settings
 
 _DATA = flags.DEFINE_string('data', None, 'The file of rows.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Directory of an adapter; none: the base alone.')
-_METRIC = flags.DEFINE_enum('metric', 'none', ['none', *METRICS], 'How predictions are compared.')
+_METRIC = flags.DEFINE_enum(
+  'metric', 'none', ['none', *METRICS, *SHORT_METRICS], 'How predictions are compared.'
+)
 _CHOICES = flags.DEFINE_list(
   'choices', [], "For --metric=choice: the answers to choose from, where rows have no 'choices'."
 )
@@ -51,9 +53,9 @@ def main() -> None:
   if directory is not None:
     adapters.check(directory)
   data = messages.read(Path(_DATA.value).expanduser())
-  task = None
-  if _METRIC.value != 'none':
-    task = own_task.make(data, _METRIC.value, _CHOICES.value)
+  task, metric = None, SHORT_METRICS.get(_METRIC.value, _METRIC.value)
+  if metric != 'none':
+    task = own_task.make(data, metric, _CHOICES.value)
   base = _flags.load_base(settings.base)
   length = min(settings.train.max_length, base.config.max_length)
   generates = task is not None and task.choices is None
@@ -76,7 +78,7 @@ def main() -> None:
   if out is not None:
     from lora_jax.file_records import write
 
-    about = {'data': _DATA.value, 'adapter': _ADAPTER.value or '', 'metric': _METRIC.value}
+    about = {'data': _DATA.value, 'adapter': _ADAPTER.value or '', 'metric': metric}
     write(out, about, base, rows, of_base, of_adapter, lines)
     print(f'predictions and scores: {out}')
 

@@ -22,6 +22,8 @@ LONGEST_EDGE = 4096
 
 # How predictions of a user's own rows may be compared; see `lora_jax.data.own_task`.
 METRICS = ('exact_match', 'choice', 'rouge', 'json_fields', 'numeric')
+# What they may be called for short.
+SHORT_METRICS = {'exact': 'exact_match', 'json': 'json_fields'}
 
 # How the kernels of a frozen base's blocks may be stored; see `lora_jax.quantize`.
 QUANTIZE = ('none', 'nf4', 'int4', 'int8')

@@ -278,6 +278,6 @@ def _choice_ids(task: Task, example: Example, tokenizer: ChatTokenizer) -> list[
   if any(len(choice) != 1 for choice in ids):
     raise UserError(
       f'{task.name} row {example["id"]}: a choice is more than one token of this base; '
-      'use a base whose vocabulary has single letters'
+      'use a base whose vocabulary has single letters, or for rows of your own --metric=exact'
     )
   return [choice[0] for choice in ids]

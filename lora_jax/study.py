@@ -334,6 +334,7 @@ class Study:
       'provenance': self._made_from(task),
       'rows': {
         'source': self._source.kind,
+        'title': task.title,
         'description': self._source.describe(task),
         'note': self._note(task),
         **({} if rows is None else rows.counts()),

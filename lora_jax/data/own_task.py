@@ -7,6 +7,7 @@ examples = [example(row) for row in conversations]
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def _no_object(answer: str) -> str:
   return 'holds no JSON object' if json_score.parse_object(answer) is None else ''
 
 
+def _no_words(answer: str) -> str:
+  # The package counts these alone, so that any other script scores 0 even against itself.
+  return '' if re.search('[a-z0-9]', answer.lower()) else 'holds no Latin letter or digit'
+
+
 def _amount(text: str) -> Quantity | None:
   """What the last line gives, where a chain of thought would put its answer, or the text."""
   last = (text.strip().splitlines() or [''])[-1]
@@ -70,7 +76,7 @@ def _numeric(prediction: str, answer: str) -> dict[str, float]:
 METRICS: dict[str, Metric] = {
   'exact_match': Metric(_exact, 'exact_match'),
   'choice': Metric(lambda said, answer: {'accuracy': float(said == answer.strip())}, 'accuracy'),
-  'rouge': Metric(rouge.rouge, 'rouge_lsum'),
+  'rouge': Metric(rouge.rouge, 'rouge_lsum', _no_words),
   'json_fields': Metric(_fields, 'field_f1', _no_object),
   'numeric': Metric(_numeric, 'accuracy', lambda a: '' if _amount(a) else 'holds no number'),
 }

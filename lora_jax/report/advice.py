@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lora_jax.report import statistics
 from lora_jax.report.document import Card
 from lora_jax.report.results import BASE, Dataset, Results
+from lora_jax.report.sections import OWN_FILE
 from lora_jax.report.statistics import DatasetStatistics
 from lora_jax.report.tables import NOTHING, code, spread
 from lora_jax.report.view import ENOUGH, View
@@ -149,7 +150,8 @@ def _evidence(field: _Field) -> list[str]:
     lacks.append('real rows')
   if not field.held.seeds_known:
     lacks.append('a second seed: what another training run would give is unknown')
-  if len(results.complete) < ENOUGH:
+  own = any(dataset.rows['source'] == OWN_FILE for dataset in field.datasets)
+  if len(results.complete) < ENOUGH and not own:
     lacks.append(f'more datasets than {len(results.complete)}')
   if len(field.sets) == 1:
     lacks.append('a second target set')

@@ -120,11 +120,12 @@ def _averages(named: Mapping[str, Results], title: str) -> Section:
 
 
 def _datasets(named: Mapping[str, Results]) -> list[Section]:
-  titles = {d.name: d.title for results in named.values() for d in results.datasets}
+  # Two files of a user's own are two datasets.
+  of = lambda dataset: (dataset.name, dataset.title)
   found = []
-  for dataset, title in titles.items():
+  for dataset in dict.fromkeys(of(d) for results in named.values() for d in results.datasets):
     by_run = [
-      next((d for d in results.datasets if d.name == dataset), None) for results in named.values()
+      next((d for d in results.datasets if of(d) == dataset), None) for results in named.values()
     ]
     configurations = dict.fromkeys(n for d in by_run if d for n in d.entries)
     rows = [
@@ -139,5 +140,5 @@ def _datasets(named: Mapping[str, Results]) -> list[Section]:
       ]
       for name in configurations
     ]
-    found.append(Section(title, [Table(['', *map(code, named)], rows)]))
+    found.append(Section(dataset[1], [Table(['', *map(code, named)], rows)]))
   return found

@@ -249,11 +249,12 @@ def _dataset(name: str, arm: str, by_configuration: Mapping[str, list[dict[str, 
   scored = [record for record in records if record['status'] == DONE]
   headline = scored[0]['scores']['headline'] if scored else ''
   base_rows = _row_scores(by_configuration[BASE], headline)
+  of_rows = (scored or records)[0]['rows']
   return Dataset(
     name=name,
-    title=TASKS[name].title if name in TASKS else name,
+    title=TASKS[name].title if name in TASKS else of_rows.get('title', name),
     headline=headline,
-    rows=(scored or records)[0]['rows'],
+    rows=of_rows,
     entries={
       key: _entry(group, headline, base_rows if key != BASE else {})
       for key, group in by_configuration.items()
