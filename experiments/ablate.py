@@ -12,6 +12,7 @@ same command goes on after an interruption. Ends with a table and the path of th
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -58,6 +59,12 @@ _ARMS = flags.DEFINE_list(
   f'{EQUAL_RANK}, or {EQUAL_RANK},{EQUAL_PARAMETERS}: each target set also with as many trainable '
   'parameters as all have at --rank.',
 )
+_LEARNING_RATES = flags.DEFINE_list(
+  'learning_rates',
+  [],
+  'Rates to choose from for each target set and dataset, by the loss on rows kept out; with the '
+  'first seed.',
+)
 _PACK = flags.DEFINE_integer(
   'pack',
   0,
@@ -99,6 +106,21 @@ def _arms() -> tuple[str, ...]:
   return given
 
 
+def _learning_rates(settings: Settings) -> tuple[float, ...]:
+  given = ','.join(_LEARNING_RATES.value)
+  try:
+    rates = tuple(sorted({float(rate) for rate in _LEARNING_RATES.value}))
+  except ValueError:
+    rates = (0.0,)
+  if rates and (len(rates) < 2 or not all(0 < rate < math.inf for rate in rates)):
+    raise UserError(f'--learning_rates={given}: give two or more numbers above zero, as 1e-4,5e-4')
+  if rates and _flags.given('lr') is not None:
+    raise UserError('--lr is one of --learning_rates, or there is nothing to choose; give either')
+  if rates and not settings.train.eval_rows:
+    raise UserError('--eval_rows=0 leaves no rows for --learning_rates to be chosen by')
+  return rates
+
+
 def _own_metric() -> str:
   """How --data is compared where it is a file of the user's own rows; '' where it is not.
 
@@ -123,7 +145,7 @@ def _own_metric() -> str:
 def main() -> None:
   """Checks everything that can be checked, then runs, then reports."""
   settings, seeds = settings_from_flags(), _seeds()
-  chosen_arms, metric = _arms(), _own_metric()
+  chosen_arms, rates, metric = _arms(), _learning_rates(settings), _own_metric()
   # The project's modules take a few seconds to import; --help and a mistake above should not.
   from lora_jax import arms, lora
   from lora_jax.data import own_rows, sources, tasks
@@ -147,14 +169,16 @@ def main() -> None:
     chosen = tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value)
     source = _source(settings, sources)
     data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
-  grid = Grid(chosen, targets, seeds, chosen_arms)
+  grid = Grid(chosen, targets, seeds, chosen_arms, rates)
   for task in grid.tasks:
     source.check(task)
   out = f'runs/{_PRESET.value}' if _OUT.value is None else _OUT.value
   if not out:
     raise UserError('--out is empty; give a directory')
   run = RunDirectory(Path(out).expanduser())
-  run.claim({'settings': dataclasses.asdict(settings), 'data': data})
+  shared = {'settings': dataclasses.asdict(settings), 'data': data}
+  # Only where there are some: what was run without is as it was.
+  run.claim({**shared, **({'learning_rates': rates} if rates else {})})
   cache = _flags.cache()
 
   try:

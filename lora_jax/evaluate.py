@@ -57,6 +57,17 @@ class Scores:
   unfinished: int
   seconds: float
 
+  def record(self) -> dict[str, Any]:
+    """As plain JSON values, without what was said."""
+    return {
+      'headline': self.headline,
+      'means': self.means,
+      'rows': [{'id': row.id, **row.scores} for row in self.rows],
+      'generated_tokens': self.generated_tokens,
+      'unfinished': self.unfinished,
+      'seconds': self.seconds,
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Questions:

@@ -6,8 +6,8 @@ turns within one process, and each ratio is taken within a turn.
 
 import functools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ import numpy as np
 from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig
 from lora_jax.kernels import Kernel
+from lora_jax.presets import EQUAL_RANK
 from lora_jax.progress import Progress
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
-Name = TypeVar('Name', bound=Hashable)
+# A set of targets, and its arm.
+Target = tuple[str, str]
 
 # One prompt, as a user waiting for an answer has.
 _PROMPT_TOKENS = 256
@@ -29,22 +31,23 @@ _DECODE_STEPS = 8
 def measure(
   model: Transformer,
   base: Mapping[str, Any],
-  target_sets: Mapping[Name, tuple[Sequence[str], LoraConfig]],
+  target_sets: Mapping[Target, tuple[Sequence[str], LoraConfig]],
   turns: int,
-) -> tuple[dict[str, float], dict[Name, dict[str, float]]]:
+) -> dict[str, Any]:
   """Times prefill and decoding of one row for the base and for each target set.
 
   Args:
     model: the Transformer.
     base: its parameters.
-    target_sets: name -> paths of the adapted modules, and which of the LoRA family the
-      adapter is; its values do not matter to time.
+    target_sets: (targets, arm) -> paths of the adapted modules, and which of the LoRA family
+      the adapter is; its values do not matter to time.
     turns: how often each is timed.
 
   Returns:
-    Of the base, and of each name: {'prefill_ms', 'decode_ms' (one token), 'prefill_ratio',
-    'decode_ratio', 'prefill_ratio_low', 'prefill_ratio_high', 'decode_ratio_low',
-    'decode_ratio_high'}, medians and quartiles over turns.
+    'targets': name -> {'prefill_ms', 'decode_ms' (one token), 'prefill_ratio', 'decode_ratio',
+    'prefill_ratio_low', 'prefill_ratio_high', 'decode_ratio_low', 'decode_ratio_high'},
+    medians and quartiles over turns, 'base' included, at equal rank; 'arms': arm -> the same,
+    where there are others.
   """
   variants: dict[Any, Any] = {None: base}
   for name, (paths, config) in target_sets.items():
@@ -71,7 +74,18 @@ def measure(
           if turn:
             seconds[name, work].append(taken)
         progress.advance()
-  return _summary(seconds, None), {name: _summary(seconds, name) for name in target_sets}
+  found = {arm: {'base': _summary(seconds, None)} for _, arm in (('', EQUAL_RANK), *target_sets)}
+  for targets, arm in target_sets:
+    found[arm][targets] = _summary(seconds, (targets, arm))
+  return {'targets': found.pop(EQUAL_RANK), **({'arms': found} if found else {})}
+
+
+def timed(record: Mapping[str, Any] | None) -> list[Target]:
+  """What a record of `measure` holds beside the base."""
+  if record is None:
+    return []
+  by_arm = {EQUAL_RANK: record['targets'], **record.get('arms', {})}
+  return [(name, arm) for arm, times in by_arm.items() for name in times if name != 'base']
 
 
 def _seconds(run: Callable[[Any], jax.Array], params: Any) -> float:

@@ -241,8 +241,8 @@ class RunDirectory:
       unknown = [key for key in differing if key not in old or key not in new]
       if unknown:
         raise UserError(
-          f'{self.path} holds a run of another version of this project, whose settings differ in '
-          f'{unknown[0]}; give another --out'
+          f'{self.path} holds a run with other flags or of another version of this project, whose '
+          f'settings differ in {unknown[0]}; give another --out'
         )
       if differing:
         key = differing[0]

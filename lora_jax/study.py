@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import arms, checkpoint, latency, lora, lora_family, quantize
+from lora_jax import arms, checkpoint, latency, lora, lora_family, quantize, sweep
 from lora_jax.data.eyes import Eyes
 from lora_jax.data.pipeline import BatchShape, training_batches
 from lora_jax.data.sources import Source
@@ -50,12 +50,14 @@ class Grid:
     targets: comma-joined target sets; each is one configuration.
     seeds: a cell of each target set for each seed.
     arms: how the sets compare in size, of `presets.ARMS`; cells of each.
+    rates: learning rates to choose from; none: the settings' own.
   """
 
   tasks: tuple[Task, ...]
   targets: tuple[str, ...]
   seeds: tuple[int, ...]
   arms: tuple[str, ...] = (EQUAL_RANK,)
+  rates: tuple[float, ...] = ()
 
 
 class Study:
@@ -92,6 +94,7 @@ class Study:
     kind = settings.train.quantize
     self._params = quantize.store(base.params, dtype, kind)
     self._sizes: dict[tuple[str, str], arms.Sized] = {}
+    self._rates = sweep.Rates((), run)
     if kind != 'none':
       print(f'{kind}: {quantize.footprint(self._params)}', file=sys.stderr)
     self._model = Transformer(base.config, dtype=dtype)
@@ -105,6 +108,7 @@ class Study:
     Raises:
       UserError: rows that cannot be used, before anything is trained.
     """
+    self._rates = sweep.Rates(grid.rates, self._run)
     lora_family.check(self._settings.lora, grid.targets, self._params)
     for arm in grid.arms:
       for targets in grid.targets:
@@ -117,6 +121,9 @@ class Study:
       for task in grid.tasks
       if unfinished[task.name] and self._posed(task) is not None
     }
+    for name, own in rows.items():
+      if grid.rates and not own.counts()['eval']:
+        raise UserError(f'{name}: no rows are kept out to choose a learning rate by; see above')
     # And all images are looked at.
     for own in rows.values():
       own.look()
@@ -140,6 +147,7 @@ class Study:
           if own.shape == shape and cell.arm == arm
         ]
         if cells:
+          self._choose_rates(cells, shape)
           self._train_and_score(cells, shape)
     if rows:
       print(f'training and scoring: {programs}', file=sys.stderr)
@@ -217,6 +225,22 @@ class Study:
       what=f'score {task.name} base',
     )
     self._write_scores(cell, f'{task.name} base', self._provenance(task, rows), scores)
+
+  def _choose_rates(self, cells: Sequence['_GridCell'], shape: BatchShape) -> None:
+    """Tries the learning rates where none was chosen; what the best one trained is kept."""
+    first: dict[Cell, _GridCell] = {}
+    for cell in cells if self._rates.rates else ():
+      if self._rates.chosen(cell.cell, self._made_from(cell.rows.task)) is None:
+        first.setdefault(dataclasses.replace(cell.cell, seed=0), cell)
+    with contextlib.ExitStack() as files:
+      by_job = {self._job(cell, files): cell for cell in first.values()}
+      rates, what = self._rates.rates, f'rates, {len(first)} x {len(self._rates.rates)} cells'
+      for job, choice, outcome in sweep.choose(self._trainer, [*by_job], rates, shape, what):
+        cell = by_job[job]
+        print(f'{cell.label}: {choice}', file=sys.stderr)
+        if outcome is not None:
+          self._keep_trained(cell, outcome)
+        self._rates.keep(cell.cell, self._made_from(cell.rows.task), choice)
 
   def _train_and_score(self, cells: Sequence['_GridCell'], shape: BatchShape) -> None:
     """Runs cells of one shape of batches; records are written as soon as a wave is scored."""
@@ -308,7 +332,7 @@ class Study:
     return TrainJob(
       lora.resolve(cell.cell.targets, self._params),
       self._sized(cell.cell.targets, cell.cell.arm).config,
-      self._settings.optim,
+      self._rates.optim(cell.cell, self._settings.optim),
       seed,
       lambda: training_batches(rows.train, rows.shape, seed, rows.features),
       rows.eval_batches,
@@ -316,7 +340,7 @@ class Study:
     )
 
   def _write_scores(self, cell: Cell, label: str, record: dict[str, Any], scores: Scores) -> None:
-    record |= {'status': 'done', 'scores': _scores_record(scores)}
+    record |= {'status': 'done', 'scores': scores.record()}
     said = [{'id': row.id, 'prediction': row.prediction, **row.scores} for row in scores.rows]
     self._run.write_cell(cell, record, said)
     print(f'{label}: {scores.headline} {scores.means[scores.headline]:.1f}', file=sys.stderr)
@@ -325,10 +349,13 @@ class Study:
     self, task: Task, rows: TaskRows | None, cell: Cell | None = None
   ) -> dict[str, Any]:
     """What a record says of how it came about; with a cell, of that cell's own adapter."""
-    settings = self._settings
+    settings, choice = self._settings, None
     if cell is not None:
-      settings = dataclasses.replace(settings, lora=self._sized(cell.targets, cell.arm).config)
+      choice, adapter = self._rates.chosen(cell), self._sized(cell.targets, cell.arm).config
+      optim = self._rates.optim(cell, settings.optim)
+      settings = dataclasses.replace(settings, lora=adapter, optim=optim)
     return {
+      **({'rates': choice.record()} if choice else {}),
       'settings': dataclasses.asdict(settings),
       'base': self._base.record,
       'provenance': self._made_from(task),
@@ -344,9 +371,7 @@ class Study:
 
   def _time_targets(self, grid: Grid) -> None:
     """Times the base and all target sets together, unless that was done before."""
-    record = self._run.latency() or {'targets': {}}
-    by_arm = {EQUAL_RANK: record['targets'], **record.get('arms', {})}
-    held = [(name, arm) for arm, times in by_arm.items() for name in times if name != 'base']
+    held = latency.timed(self._run.latency())
     asked = [(targets, arm) for arm in grid.arms for targets in grid.targets]
     if {*asked} <= {*held}:
       return
@@ -354,14 +379,10 @@ class Study:
       of: (lora.resolve(of[0], self._params), self._sized(*of).config)
       for of in dict.fromkeys([*asked, *held])
     }
-    turns, device = self._settings.latency_turns, jax.devices()[0].device_kind
-    base, times = latency.measure(self._model, self._params, sets, turns)
-    by_arm = {arm: {'base': base} for arm in (EQUAL_RANK, *(arm for _, arm in sets))}
-    for (targets, arm), own in times.items():
-      by_arm[arm][targets] = own
-    record = {'targets': by_arm.pop(EQUAL_RANK), 'device': device}
-    record |= {'dtype': self._settings.train.dtype, **({'arms': by_arm} if by_arm else {})}
-    self._run.write_latency(record)
+    settings = self._settings
+    times = latency.measure(self._model, self._params, sets, settings.latency_turns)
+    device = jax.devices()[0].device_kind
+    self._run.write_latency({**times, 'device': device, 'dtype': settings.train.dtype})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,14 +397,3 @@ class _GridCell:
     """For people."""
     arm = '' if self.cell.arm == EQUAL_RANK else f' {self.cell.arm}'
     return f'{self.cell.dataset} {self.cell.targets}{arm} seed {self.cell.seed}'
-
-
-def _scores_record(scores: Scores) -> dict[str, Any]:
-  return {
-    'headline': scores.headline,
-    'means': scores.means,
-    'rows': [{'id': row.id, **row.scores} for row in scores.rows],
-    'generated_tokens': scores.generated_tokens,
-    'unfinished': scores.unfinished,
-    'seconds': scores.seconds,
-  }

@@ -167,6 +167,10 @@ def test_other_settings_in_the_same_directory_are_refused(finished):
     (['--base=missing.gguf'], ['missing.gguf']),
     (['--preset=huge'], ['huge', 'quick']),
     (['--rank=0'], ['--rank=0']),
+    (['--learning_rates=1e-4'], ['--learning_rates=1e-4', '1e-4,5e-4']),
+    (['--learning_rates=1e-4,-1'], ['--learning_rates=1e-4,-1', 'above zero']),
+    (['--learning_rates=1e-4,1e-3', '--lr=1e-3'], ['--lr', '--learning_rates']),
+    (['--learning_rates=1e-4,1e-3', '--eval_rows=0'], ['--eval_rows=0', '--learning_rates']),
     (['--arms=equal_parameters'], ['--arms=equal_parameters', 'equal_rank,equal_parameters']),
     (['--arms=equal_rank,equal'], ['--arms=equal_rank,equal', 'equal_rank,equal_parameters']),
     (

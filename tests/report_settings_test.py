@@ -3,6 +3,7 @@
 import json
 
 from planted_run import plant, start, written
+from report_test import section
 
 from lora_jax.records import Cell, write_json
 
@@ -65,3 +66,23 @@ def test_no_path_of_the_machine_gets_in(tmp_path):
   assert 'someone' not in text + json.dumps(held)
   assert 'llama.gguf' in text
   assert 'directory my, data/medmcqa, 300 train, 120 test' in text
+
+
+def test_learning_rates_are_told_with_what_they_were_chosen_by(tmp_path):
+  run = start(tmp_path)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  before, held, _ = written(run)
+  assert 'peak rate of 0.0005 for A' in before
+  assert 'rates' not in held
+  plant(run, 'medmcqa', 'o_proj', [0, 1])
+  file = run.cell_file(Cell('', 'medmcqa', 'o_proj', 'equal_rank', 0))
+  tried = {'tried': [[1e-4, 2.5], [1e-3, None]], 'seed': 0, 'chosen': 1e-4}
+  write_json(file, {**json.loads(file.read_text()), 'rates': tried})
+  shared = json.loads((run.path / 'run.json').read_text())
+  shared['shared']['learning_rates'] = [1e-4, 1e-3]
+  write_json(run.path / 'run.json', shared)
+  text, held, _ = written(run)
+  assert 'peak rate of whichever of 0.0001, 0.001 has the lowest loss on rows kept out' in text
+  assert held['rates'] == {'medmcqa': {'o_proj': tried}}
+  row = section(text, 'Learning rates')['MedMCQA']
+  assert row == {'dataset': 'MedMCQA', '`o_proj`': '0.0001 (0.0001: 2.500, 0.001: diverged)'}

@@ -22,11 +22,11 @@ SETTINGS = dataclasses.replace(
 GRID = Grid(tasks.by_names(['medmcqa']), ('o_proj', 'fc2'), (0,))
 
 
-def run(out, cache, grid=GRID):
+def run(out, cache, grid=GRID, settings=SETTINGS):
   source = sources.Synthetic(seed=0, train=64, test=2)
   directory = RunDirectory(out)
   directory.lock()
-  Study(SETTINGS, bases.load('tiny'), source, directory, cache, cells=2).run(grid)
+  Study(settings, bases.load('tiny'), source, directory, cache, cells=2).run(grid)
 
 
 def records(out):

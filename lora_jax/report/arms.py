@@ -11,8 +11,9 @@ import numpy as np
 
 from lora_jax.presets import EQUAL_PARAMETERS
 from lora_jax.report import findings, sections, tables
+from lora_jax.report.costs import Size
 from lora_jax.report.document import EVEN, PLAIN, Block, Cell, Section, Table
-from lora_jax.report.results import Dataset, Results, Size
+from lora_jax.report.results import Dataset, Results
 from lora_jax.report.statistics import interval
 from lora_jax.report.tables import NOTHING, arm_title, code
 from lora_jax.report.view import spearman

@@ -76,6 +76,7 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
       findings.difficulty(results),
       findings.noise(results),
       sections.each_seed(results),
+      sections.rates(results),
       sections.costs(results),
       sections.latency(results),
       sections.other_scores(results),
@@ -147,6 +148,7 @@ def _arm(results: Results) -> dict[str, Any]:
     },
     'costs': {name: dataclasses.asdict(cost) for name, cost in results.costs.items()},
     'average_comparisons': _comparisons(results.average_statistics),
+    **({'rates': results.rates} if results.rates else {}),
   }
 
 

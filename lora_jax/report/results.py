@@ -17,9 +17,9 @@ from lora_jax.data.tasks import TASKS
 from lora_jax.errors import UserError
 from lora_jax.presets import ARTICLE_TARGETS, EQUAL_RANK
 from lora_jax.records import RunDirectory, read_json
-from lora_jax.report import statistics
+from lora_jax.report import costs, statistics
+from lora_jax.report.costs import Cost, Size
 from lora_jax.report.statistics import DatasetStatistics, RowScores
-from lora_jax.targets import label
 
 BASE = 'base'
 DONE, DIVERGED, PARTLY_DIVERGED, MISSING = 'done', 'diverged', 'partly diverged', 'missing'
@@ -97,45 +97,6 @@ class Average:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-  """What a configuration costs to train and to keep.
-
-  Attributes:
-    modules: names of the adapted modules.
-    trainable_params: numbers in an adapter.
-    adapter_bytes: its size.
-    tokens_per_second: real tokens, after the first step (which compiles); None for
-      runs of one step.
-    seconds: wall time of a run, compilation included, averaged over runs.
-    bad_steps: updates left out because they were not finite, over all runs.
-  """
-
-  modules: list[str]
-  trainable_params: int
-  adapter_bytes: int
-  tokens_per_second: float | None
-  seconds: float
-  bad_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-  """The adapter of a configuration whose rank was solved.
-
-  Attributes:
-    rank: of all its modules.
-    budget: trainable parameters aimed at.
-    miss: how far it is above them, as a share.
-    most_rank: the highest rank that its modules can use.
-  """
-
-  rank: int
-  budget: int
-  miss: float
-  most_rank: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Results:
   """One arm of a run, the article's of equal rank, and the others beside it.
 
@@ -150,6 +111,8 @@ class Results:
     latency: the content of latency.json with this arm's times as its 'targets', or None.
     versions: package (and 'python', 'device') -> the versions that records name.
     sizes: configuration -> how its rank was solved, where it was.
+    rates: dataset -> configuration -> the learning rates that were tried, as a cell's record
+      has them; empty where all trained at the settings' own.
     others: arm -> its results, of the arms beside this one.
   """
 
@@ -163,6 +126,7 @@ class Results:
   latency: dict[str, Any] | None
   versions: dict[str, list[str]]
   sizes: dict[str, Size] = dataclasses.field(default_factory=dict)
+  rates: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
   others: dict[str, 'Results'] = dataclasses.field(default_factory=dict)
 
   @property
@@ -213,8 +177,6 @@ def _arm(
   for record in records:
     if 'train' in record:
       trained[record['cell']['targets']].append(record)
-  solved = {key: runs[0]['lora'] for key, runs in trained.items() if runs}
-  fields = [field.name for field in dataclasses.fields(Size)]
   if latency is not None and arm != EQUAL_RANK:
     latency = {**latency, 'targets': latency.get('arms', {}).get(arm, {})}
   return Results(
@@ -224,18 +186,24 @@ def _arm(
     datasets=datasets,
     averages=_averages(complete, configurations),
     average_statistics=statistics.average(known) if known and len(known) == len(complete) else None,
-    costs={key: _cost(runs) for key, runs in trained.items() if runs},
+    costs={key: costs.cost(runs) for key, runs in trained.items() if runs},
     latency=latency,
     versions={
       package: sorted({record['versions'][package] for record in all_records})
       for package in all_records[0]['versions']
     },
-    sizes={
-      key: Size(**{field: held[field] for field in fields})
-      for key, held in solved.items()
-      if 'budget' in held
-    },
+    sizes={key: size for key, runs in trained.items() if (size := costs.size(runs))},
+    rates=_rates(records),
   )
+
+
+def _rates(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+  found = {}
+  for record in records:
+    if 'rates' in record:
+      of_dataset = found.setdefault(record['cell']['dataset'], {})
+      of_dataset[record['cell']['targets']] = record['rates']
+  return found
 
 
 def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
@@ -376,19 +344,3 @@ def _average_se(errors: Sequence[float | None]) -> float | None:
   if len(known) < len(errors):
     return None
   return math.sqrt(math.fsum(error**2 for error in known)) / len(known)
-
-
-def _cost(records: Sequence[Mapping[str, Any]]) -> Cost:
-  runs = [record['train'] for record in records]
-  adapter = records[0]['lora']
-  # All steps have batches of about one size, so the first has its share of the tokens.
-  tokens = math.fsum(run['tokens'] * (1 - 1 / len(run['losses'])) for run in runs)
-  seconds = math.fsum(run['seconds'] - run['compile_seconds'] - run['eval_seconds'] for run in runs)
-  return Cost(
-    modules=[label(path) for path in adapter['modules']],
-    trainable_params=adapter['trainable_params'],
-    adapter_bytes=adapter['adapter_bytes'],
-    tokens_per_second=tokens / seconds if tokens and seconds > 0 else None,
-    seconds=math.fsum(run['seconds'] for run in runs) / len(runs),
-    bad_steps=sum(run['bad_steps'] for run in runs),
-  )

@@ -77,7 +77,7 @@ def what_was_run(results: Results) -> str:
     f'All train alike: {train["steps"]} steps of {train["tokens_per_batch"]:,} tokens (padding '
     "included, and as near as a dataset's rows allow), rows of at most "
     f'{train["max_length"]:,} tokens, AdamW at a peak rate of '
-    f'{optim["learning_rate"]:g} for A and {optim["lr_ratio"]:g} times that for B, '
+    f'{_peak(results)} for A and {optim["lr_ratio"]:g} times that for B, '
     f'{train["dtype"]}{quantized}{_ends(train)}; '
     f'{plural(len(seeds), "seed")} ({", ".join(map(str, seeds)) or NOTHING}); '
     + (f'preset {code(preset)}.' if preset else 'settings of its own, no preset.')
@@ -85,6 +85,14 @@ def what_was_run(results: Results) -> str:
     + f'\n\nRows used: {_source(results)}. How many, and how each task is posed: see "Rows and '
     'tasks".'
   )
+
+
+def _peak(results: Results) -> str:
+  tried = results.shared.get('learning_rates')
+  if not tried:
+    return f'{results.shared["settings"]["optim"]["learning_rate"]:g}'
+  rates = ', '.join(f'{rate:g}' for rate in tried)
+  return f'whichever of {rates} has the lowest loss on rows kept out (see "Learning rates")'
 
 
 def _ends(train: dict[str, Any]) -> str:
@@ -122,6 +130,35 @@ def _source(results: Results) -> str:
   path = PurePath(data)
   here = path.is_absolute() or data.startswith('~')
   return f'the files in the directory {code(path.name if here else data)}'
+
+
+def rates(results: Results) -> Section:
+  """The learning rates that were chosen, and what they were chosen by."""
+  blocks: list[Block] = []
+  for arm, of_arm in {'': results, **results.others}.items():
+    names = [n for n in of_arm.configurations if any(n in own for own in of_arm.rates.values())]
+    rows = [
+      [dataset.title, *(_rate(of_arm.rates[dataset.name].get(name)) for name in names)]
+      for dataset in of_arm.datasets
+      if dataset.name in of_arm.rates
+    ]
+    if rows:
+      blocks += [f'At {arm_title(arm)}:'] if arm else []
+      blocks.append(Table(['dataset', *map(code, names)], rows))
+  if blocks:
+    blocks.append(
+      'The rate with the lowest completion loss, nats a token, on rows of the train split that '
+      'were kept out, tried with one seed and used for all; in brackets every rate with its loss.'
+    )
+  return Section('Learning rates', blocks)
+
+
+def _rate(held: dict[str, Any] | None) -> Cell:
+  if held is None:
+    return Cell(NOTHING)
+  loss = lambda of: 'diverged' if of is None else f'{of:.3f}'
+  told = ', '.join(f'{rate:g}: {loss(of)}' for rate, of in held['tried'])
+  return Cell(f'{held["chosen"]:g}', held['chosen'], detail=told)
 
 
 def each_seed(results: Results) -> Section:
