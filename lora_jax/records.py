@@ -4,6 +4,7 @@
     OUT/cells/<name>.json          one record, with one score a test row
     OUT/cells/<name>.predictions.jsonl   what the model said
     OUT/latency.json               times of the target sets
+    OUT/rates/<name>.json          learning rates that were tried for a target set
 
 A file appears whole or not at all, so what exists is finished and is never redone.
 """
