@@ -7,19 +7,13 @@ from ablate_test import ablate
 from own_rows_test import many, row, write
 from report_test import section
 
-SMOKE = (
-  '--preset=smoke',
-  '--targets=o_proj',
-  '--targets=fc2',
-  '--steps=2',
-  '--train_rows=0',
-  '--test_rows=0',
-)
+SMOKE = ('--preset=smoke', '--targets=o_proj', '--steps=2', '--train_rows=0', '--test_rows=0')
+ARMS = '--arms=equal_rank,equal_parameters'
 
 
 def test_an_own_file_gets_the_same_report(tmp_path):
   data, out = write(tmp_path / 'sums.jsonl', many(80)), tmp_path / 'out'
-  arguments = (*SMOKE, f'--data={data}', f'--out={out}', f'--cache={tmp_path / "cache"}')
+  arguments = (*SMOKE, ARMS, f'--data={data}', f'--out={out}', f'--cache={tmp_path / "cache"}')
   done = ablate(*arguments, '--metric=numeric')
   assert done.returncode == 0, done.stderr
   record = json.loads((out / 'cells' / 'own-o_proj-equal_rank-seed0.json').read_text())
@@ -30,7 +24,12 @@ def test_an_own_file_gets_the_same_report(tmp_path):
   # Ids are lines of the file, and no text of it is in a record.
   assert {int(one['id']) for one in record['scores']['rows']} <= {*range(1, 81)}
   assert 'what is' not in json.dumps(record)
+  other = json.loads((out / 'cells' / 'own-o_proj-equal_parameters-seed0.json').read_text())
+  assert other['settings']['lora']['rank'] == 32
+  sizes = 'at equal parameters, 4,096 trainable: o_proj rank 32 with 4,096 (+0.0 %)'
+  assert sizes in ' '.join(done.stdout.split())
   text = (out / 'report.md').read_text()
+  assert '\n## At equal parameters\n' in text
   assert next(iter(section(text, 'Scores'))) == 'sums'
   assert f'sums.jsonl, {80 - held["test"]} train; {held["test"]} test, held out of' in text
   assert str(tmp_path) not in text
