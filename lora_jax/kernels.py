@@ -20,9 +20,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lora_jax.bank_kernel import BankKernel, add_updates
 from lora_jax.quantized import QuantizedKernel, frozen_product
 
-Kernel: TypeAlias = 'jax.Array | QuantizedKernel | LoraKernel'
+Kernel: TypeAlias = 'jax.Array | QuantizedKernel | LoraKernel | BankKernel'
 
 
 @flax.struct.dataclass
@@ -63,8 +64,9 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
 
   Args:
     x: activations, (..., in).
-    kernel: an array, a quantised kernel, or a `LoraKernel`, whose adapters are cast to
-      the dtype of `x` for the product while they and their gradients stay float32.
+    kernel: an array, a quantised kernel, a `LoraKernel`, whose adapters are cast to
+      the dtype of `x` for the product while they and their gradients stay float32, or a
+      `BankKernel`, which has an adapter for each entry of the first axis of `x`.
     dtype: what the sums are kept in; None: rounded to the dtype of `x`.
 
   Returns:
@@ -72,6 +74,8 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   """
   if isinstance(kernel, QuantizedKernel):
     return frozen_product(x, kernel, dtype or x.dtype)
+  if isinstance(kernel, BankKernel):
+    return add_updates(dot(x, kernel.w, dtype), x, kernel, dtype or x.dtype)
   product = functools.partial(jnp.matmul, preferred_element_type=dtype or x.dtype)
   if not isinstance(kernel, LoraKernel):
     return product(x, kernel.astype(x.dtype))
@@ -148,8 +152,11 @@ def _kept(key: jax.Array, share: float, x: jax.Array) -> jax.Array:
 def dense(kernel: Kernel, dtype: jax.typing.DTypeLike) -> jax.Array:
   """The matrix (..., in, out) that a kernel of any kind multiplies by, dropout aside.
 
-  An adapter is added in float32, whatever `dtype` the result then has.
+  An adapter is added in float32, whatever `dtype` the result then has. A `BankKernel` is as
+  many matrices as it has slots, and none is meant.
   """
+  if isinstance(kernel, BankKernel):
+    raise TypeError('a bank of adapters is no one matrix')
   if isinstance(kernel, QuantizedKernel):
     return kernel.dequantize(dtype)
   if not isinstance(kernel, LoraKernel):
