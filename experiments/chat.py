@@ -44,6 +44,7 @@ def main() -> None:
   # They take seconds to import, and a mistake above should not.
   from lora_jax import chat, terminal_chat
   from lora_jax.hub import adapters, bases
+  from lora_jax.sampling import Sampling
 
   _launcher.imported()
   settings = _flags.changed(Settings())
@@ -59,7 +60,7 @@ def main() -> None:
     base.tokenizer,
     min(_CONTEXT.value or base.config.max_length, base.config.max_length),
     settings.eval.max_new_tokens,
-    chat.Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value),
+    Sampling(_TEMPERATURE.value, _TOP_P.value, seed=_SEED.value),
   )
   voices = {terminal_chat.BASE: answerer.voice(params)}
   if adapter is not None:

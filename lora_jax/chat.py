@@ -24,26 +24,12 @@ from lora_jax.data.messages import Messages, fit_prompt
 from lora_jax.errors import UserError
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.kernels import Kernel
+from lora_jax.sampling import GREEDY, Draw, Sampling, choose
+from lora_jax.text_stream import TextStream
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
 
 # Prompts are padded to this times a power of two: each length is a program to compile.
 _SHORTEST = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How the next token is chosen.
-
-  Attributes:
-    temperature: what logits are divided by; 0: the most likely token, always.
-    top_p: draw among the most likely tokens that together have this probability
-      (nucleus sampling, Holtzman et al. 2020).
-    seed: of the draws.
-  """
-
-  temperature: float = 0.0
-  top_p: float = 1.0
-  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +49,7 @@ class Answerer:
     tokenizer: ChatTokenizer,
     context: int,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
   ):
     """Compiles nothing yet.
 
@@ -88,7 +74,8 @@ class Answerer:
   def ids(self, voice: Voice, prompt: list[int]) -> Iterator[int]:
     """Generates token ids up to the end of the turn, which is not among them."""
     self._key, key = jax.random.split(self._key)
-    draw = (key, self._sampling.temperature, self._sampling.top_p)
+    held = self._sampling
+    draw = Draw(key, held.temperature, held.top_p, held.top_k)
     tokens_1T = np.zeros((1, self._padded(len(prompt))), np.int32)
     tokens_1T[0, : len(prompt)] = prompt
     length = np.int32(len(prompt))
@@ -158,38 +145,6 @@ class Chat:
         self.messages = (*kept, {'role': 'assistant', 'content': stream.text})
 
 
-class TextStream:
-  """Token ids into text, a piece as soon as its characters are whole."""
-
-  def __init__(self, tokenizer: ChatTokenizer):
-    """Starts empty."""
-    self._tokenizer = tokenizer
-    self._ids: list[int] = []
-    self._shown = 0
-
-  @property
-  def text(self) -> str:
-    """All text so far."""
-    return self._tokenizer.decode(self._ids)
-
-  def push(self, token_id: int) -> str:
-    """The text that this token completes, maybe none."""
-    self._ids.append(token_id)
-    text = self.text
-    # A character of several bytes may end in the next token.
-    whole = text.rstrip('\ufffd')
-    piece, self._shown = whole[self._shown :], max(self._shown, len(whole))
-    return piece
-
-  def rest(self) -> str:
-    """What is left at the end, broken characters included."""
-    piece, self._shown = self.text[self._shown :], len(self.text)
-    return piece
-
-
-Draw = tuple[jax.Array, float, float]
-
-
 @functools.partial(jax.jit, static_argnames='model')
 def _prefill(
   model: Transformer,
@@ -232,21 +187,3 @@ def _decode(
   )
   logits_V = logits(model, hidden_11D[0], head)[0]
   return choose(logits_V, step + 1, draw), own_kv.write(new_kv, step)
-
-
-def choose(logits_V: jax.Array, step: jax.Array, draw: Draw) -> jax.Array:
-  """A token: the likeliest at temperature 0, else one drawn; the key and the step decide it."""
-  key, temperature, top_p = draw
-
-  def sampled():
-    scaled_V = logits_V / temperature
-    order_V = jnp.argsort(-scaled_V)
-    ordered_V = scaled_V[order_V]
-    probs_V = jax.nn.softmax(ordered_V)
-    # The first is always among them.
-    before_V = jnp.cumsum(probs_V) - probs_V
-    kept_V = jnp.where(before_V < top_p, ordered_V, -jnp.inf)
-    return order_V[jax.random.categorical(jax.random.fold_in(key, step), kept_V)]
-
-  likeliest = lambda: jnp.argmax(logits_V)
-  return jax.lax.cond(temperature > 0, sampled, likeliest).astype(jnp.int32)

@@ -1,17 +1,16 @@
 """A chat: what is answered, how it streams, and what happens at its edges."""
 
-import collections
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from lora_jax import chat, evaluate, lora, terminal_chat
 from lora_jax.errors import UserError
 from lora_jax.generate import generate
 from lora_jax.hub import bases
+from lora_jax.sampling import Sampling
 from lora_jax.transformer import Transformer
 
 CONTEXT, NEW = 160, 10
@@ -29,7 +28,7 @@ def parts():
 
 def answerer(**sampling):
   model, _, _, tokenizer = parts()
-  return chat.Answerer(model, tokenizer, CONTEXT, NEW, chat.Sampling(**sampling))
+  return chat.Answerer(model, tokenizer, CONTEXT, NEW, Sampling(**sampling))
 
 
 @functools.cache
@@ -84,44 +83,6 @@ def test_a_turn_too_long_is_refused_and_forgotten():
   with pytest.raises(UserError, match='longer than 150 tokens'):
     list(talk.ask('x' * 200, voices()['base']))
   assert talk.messages == before
-
-
-def test_pieces_are_whole_characters():
-  tokenizer = parts()[3]
-  text = 'naïve 🙂 表 x'
-  ids = tokenizer.encode_plain(text)
-  stream = chat.TextStream(tokenizer)
-  pieces = [stream.push(i) for i in ids]
-  assert ''.join(pieces) == text
-  assert stream.rest() == ''
-  assert not any('\ufffd' in piece for piece in pieces)
-  assert '🙂' in pieces
-  cut = chat.TextStream(tokenizer)
-  pieces = [cut.push(i) for i in tokenizer.encode_plain('a🙂')[:-1]]
-  assert (''.join(pieces), cut.rest()) == ('a', '\ufffd')
-
-
-def choose(logits, count=400, **sampling):
-  held = chat.Sampling(**sampling)
-  draw = (jax.random.key(held.seed), held.temperature, held.top_p)
-  steps = jnp.arange(count)
-  chosen = jax.jit(jax.vmap(lambda step: chat.choose(jnp.asarray(logits), step, draw)))(steps)
-  return collections.Counter(np.asarray(chosen).tolist())
-
-
-def test_draws_follow_temperature_and_top_p():
-  probs = np.asarray([0.1, 0.6, 0.05, 0.25], np.float32)
-  logits = np.log(probs)
-  assert choose(logits) == {1: 400}
-  assert choose(logits, temperature=1.0, top_p=0.5) == {1: 400}
-  assert {*choose(logits, temperature=1.0, top_p=0.7)} == {1, 3}
-  drawn = choose(logits, count=4000, temperature=1.0)
-  np.testing.assert_allclose([drawn[i] / 4000 for i in range(4)], probs, atol=0.03)
-  # Colder: p ** 2, normalised.
-  colder = choose(logits, count=4000, temperature=0.5)
-  np.testing.assert_allclose(
-    [colder[i] / 4000 for i in range(4)], probs**2 / (probs**2).sum(), atol=0.03
-  )
 
 
 def test_the_seed_decides_what_is_drawn():
