@@ -39,7 +39,7 @@ from lora_jax.targets import GROUPS, canonical, resolve, split, targetable
 __all__ = [
   'GROUPS', 'canonical', 'resolve', 'split', 'targetable',
   'init', 'attach', 'merge', 'split_fused', 'specs', 'summarise',
-  'Module', 'modules', 'replaced', 'scales_of', 'Summary',
+  'Module', 'modules', 'replaced', 'scales_of', 'gain', 'Summary',
 ]  # fmt: skip
 
 Params = Mapping[str, Any]
@@ -136,13 +136,13 @@ def attach(
       began = jax.lax.stop_gradient((leaves['a0'], leaves['b0']))
       w = LoraKernel(w, *began, -scales)
     pair = leaves['a'], leaves['b'], scales
-    gain = _gain(LoraKernel(w, *pair), leaves['m']) if 'm' in leaves else None
+    of_outputs = gain(LoraKernel(w, *pair), leaves['m']) if 'm' in leaves else None
     keys = None
     if dropout_key is not None and dropout_rate > 0:
       # The parts of a fused module see one input, and so drop the same of it.
       keys = _dropout_keys(dropout_key, module.owner, scales.shape)
     used = scales != 0 if may_be_idle else None
-    flat[f'{path}/kernel'] = LoraKernel(w, *pair, keys, dropout_rate, gain, used)
+    flat[f'{path}/kernel'] = LoraKernel(w, *pair, keys, dropout_rate, of_outputs, used)
   return unflatten_dict(flat, sep='/')
 
 
@@ -300,10 +300,11 @@ def _dropout_keys(key: jax.Array, owner: str, layers: tuple[int, ...]) -> jax.Ar
   return of_layers(key[0]) if targets.is_sight(owner) else jax.vmap(of_layers, 0, -1)(key)
 
 
-def _gain(kernel: LoraKernel, m: jax.Array) -> jax.Array:
+def gain(kernel: LoraKernel, m: jax.Array) -> jax.Array:
   """Learned over actual length of each output's weights (Liu et al. 2024, equation 5).
 
-  The actual one counts as a constant in the gradient (section 4.3), as in PEFT.
+  It is 1 in a layer without an adapter, whose `m` is 0. The actual one counts as a constant
+  in the gradient (section 4.3), as in PEFT.
   """
   actual = lengths(jax.lax.stop_gradient(kernel))
   adapted = jnp.broadcast_to(jnp.any(m != 0, axis=-1, keepdims=True), m.shape)
