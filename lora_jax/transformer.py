@@ -76,6 +76,16 @@ class KeyValues:
     put = lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, start, axis=-2)
     return KeyValues(put(self.k_LBKSH, new.k_LBKSH), put(self.v_LBKSH, new.v_LBKSH))
 
+  def write_each(self, new: 'KeyValues', slots_B: jax.Array) -> 'KeyValues':
+    """Puts one new token of each row at a slot of its own: a scatter.
+
+    It is done in place where this is donated to the program, and a copy within a loop. A slot
+    beyond the last is not written.
+    """
+    rows_B = jnp.arange(slots_B.size)
+    put = lambda old, fresh: old.at[:, rows_B, :, slots_B].set(jnp.moveaxis(fresh[..., 0, :], 1, 0))
+    return jax.tree.map(put, self, new)
+
 
 # The position of a slot that holds nothing: later than any query, so that none sees it.
 NOWHERE = np.iinfo(np.int32).max

@@ -1,0 +1,258 @@
+"""Answers many requests at once over one base, each with an adapter of its own or none.
+
+  engine = Engine(model, params, tokenizer, ServeConfig(), Path('adapters'))
+  engine.warm_up()
+  answer = engine.submit(Request(tokenizer.encode_chat(messages), adapter='medicine'))
+  while engine.busy:
+    engine.step()
+  print(answer.text)
+
+Requests come and go at any step (continuous batching). A prompt is read alone, padded to one
+of few lengths; then every step gives each row its next token, in one program for all of
+them, whatever their adapters and however they are sampled. After `warm_up` nothing is
+compiled. An engine is used by one thread, as `runner` has it; `prepare` by any.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.bank_kernel import NONE
+from lora_jax.errors import UserError
+from lora_jax.hub import peft
+from lora_jax.hub.tokenizer import ChatTokenizer
+from lora_jax.sampling import GREEDY
+from lora_jax.serve.answer import Answer, Request
+from lora_jax.serve.bank import AdapterBank, Updates
+from lora_jax.serve.config import ServeConfig
+from lora_jax.serve.library import Library
+from lora_jax.serve.rows import Rows, Seat, decode, read_prompt
+from lora_jax.serve.schedule import Schedule
+from lora_jax.serve.slots import Slots
+from lora_jax.transformer import Transformer, head_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What an engine has done, and what it is at.
+
+  Attributes:
+    waiting: requests that wait.
+    seated: rows in which one is answered.
+    free_rows: rows in which none is.
+    slots_in_use: slots of adapters that are being answered with.
+    prompt_tokens: read so far.
+    answer_tokens: chosen so far, for those who wanted them.
+    loads: adapters written to a slot.
+  """
+
+  waiting: int
+  seated: int
+  free_rows: int
+  slots_in_use: int
+  prompt_tokens: int
+  answer_tokens: int
+  loads: int
+
+
+class Engine:
+  """Rows, slots and a queue over one base.
+
+  Attributes:
+    library: the adapters that there are.
+    bank: those that are on the device.
+    config: how much there is room for.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    params: Mapping[str, Any],
+    tokenizer: ChatTokenizer,
+    config: ServeConfig,
+    adapters: Path | None = None,
+  ):
+    """Takes all memory that it will ever take on the device.
+
+    Args:
+      model: the Transformer.
+      params: the base, on the device.
+      tokenizer: the base's.
+      config: how much there is room for.
+      adapters: holds a directory in PEFT's format for each adapter; None: there are none.
+
+    Raises:
+      UserError: there is no such directory, or a target matches nothing.
+    """
+    self.config = config
+    self.bank = AdapterBank(params, config, model.dtype)
+    self.library: Library[Updates] = Library(adapters, self._read, config.host_bytes)
+    self._model, self._params, self._tokenizer = model, params, tokenizer
+    self._head = jax.jit(head_kernel, static_argnums=(0, 2))(model, params, config.rows)
+    self._rows = Rows.empty(model.config, config.rows, config.length, model.dtype)
+    self._tokens_B = jnp.zeros(config.rows, jnp.int32)
+    self._slots = Slots(config.slots)
+    self._schedule: Schedule[Answer] = Schedule(config.rows, config.length)
+    self._prompt_tokens = self._answer_tokens = self._loads = 0
+
+  def warm_up(self) -> None:
+    """Compiles every program; only while nothing is answered."""
+    self.bank.warm_up()
+    for length in self.config.lengths:
+      self._read_prompt([0], length, Seat.of(0, NONE, 1, GREEDY))
+      self._decode(length)
+    jax.block_until_ready(self._tokens_B)
+
+  @property
+  def busy(self) -> bool:
+    """Whether a step would do something."""
+    return bool(self._schedule.waiting or self._schedule.seated)
+
+  @property
+  def counts(self) -> Counts:
+    """What it has done, and what it is at."""
+    schedule, slots = self._schedule, self._slots
+    at = (schedule.waiting, len(schedule.seated), schedule.free, slots.in_use)
+    return Counts(*at, self._prompt_tokens, self._answer_tokens, self._loads)
+
+  def submit(
+    self, request: Request, deliver: Callable[[Answer, str], None] = lambda answer, piece: None
+  ) -> Answer:
+    """Puts a request into the queue.
+
+    Args:
+      request: what is asked.
+      deliver: called by `step` with the answer and its next piece of text, and a last time,
+        maybe without text, once `finish` is set. It may not block, nor raise.
+
+    Raises:
+      UserError: as `prepare`.
+    """
+    answer = self.prepare(request, deliver)
+    self.enqueue(answer)
+    return answer
+
+  def prepare(self, request: Request, deliver: Callable[[Answer, str], None]) -> Answer:
+    """Checks a request, and reads its adapter from disk where it must; for any thread.
+
+    Raises:
+      UserError: the prompt is empty, too long or no tokens of this base; no token is asked
+        for, or more than there is room for; there is no such adapter, or it is damaged.
+    """
+    count, room = len(request.prompt), self.config.length
+    if not count:
+      raise UserError('the prompt is empty; give at least one token')
+    if count >= room:
+      raise UserError(f'the prompt has {count} tokens, and there is room for {room - 1}')
+    vocabulary = self._model.config.vocab_size
+    if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
+      raise UserError(f'the prompt has tokens that are not in 0-{vocabulary - 1}')
+    limit = room - count if request.max_tokens is None else request.max_tokens
+    if limit < 1:
+      raise UserError(f'max_tokens is {limit}; ask for at least 1')
+    if count + limit > room:
+      raise UserError(
+        f'the prompt has {count} tokens and the answer may have {limit}, and there is room for '
+        f'{room} together'
+      )
+    listing = self.library.find(request.adapter) if request.adapter else None
+    if listing is not None:
+      # So that the step that seats it seldom waits for a disk.
+      self.library.fetch(listing)
+    cost = self.config.padded(count)
+    return Answer(request, listing, cost, limit, self._tokenizer, deliver)
+
+  def enqueue(self, answer: Answer) -> None:
+    """Puts what was prepared into the queue."""
+    self._schedule.add(answer)
+
+  def cancel(self, answer: Answer) -> None:
+    """Ends an answer; its row and its slot are free at once. One that has ended stays so."""
+    if answer.finish is None:
+      self._leave(answer)
+      answer.cancel()
+
+  def unload(self, name: str) -> None:
+    """Takes an adapter off the list; who asked for it before is still answered with it.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    self._slots.forget(self.library.remove(name))
+
+  def abandon(self, error: str) -> None:
+    """Ends all answers, because of an error."""
+    for answer in self._schedule.all:
+      self._leave(answer)
+      answer.fail(error)
+
+  def step(self) -> None:
+    """Seats who can be seated, and gives each who sits their next token."""
+    for answer, row, slot in self._schedule.seat(self._acquire):
+      prompt, sampling = answer.request.prompt, answer.request.sampling
+      self._read_prompt(prompt, answer.cost, Seat.of(row, slot, len(prompt), sampling))
+      self._prompt_tokens += len(prompt)
+    seated, tokens_B = self._schedule.seated, self._tokens_B
+    # What follows the tokens at hand is begun before they are looked at, so that the device
+    # does not wait for the host.
+    if any(len(answer.ids) + 1 < answer.limit for answer in seated):
+      self._decode(max(len(answer.request.prompt) + len(answer.ids) for answer in seated))
+    if not seated:
+      return
+    ids = np.asarray(tokens_B).tolist()
+    for answer, row in seated.items():
+      # Whoever is told of one answer may have cancelled another.
+      if answer.finish is None:
+        answer.push(ids[row])
+        self._answer_tokens += 1
+        if answer.finish is not None:
+          self._leave(answer)
+
+  def _acquire(self, answer: Answer) -> int | None:
+    """The slot that an answer's adapter is in, written now if it was not there."""
+    if answer.listing is None:
+      return NONE
+    found = self._slots.acquire(answer.listing)
+    if found is None:
+      return None
+    slot, new = found
+    if new:
+      try:
+        updates = self.library.fetch(answer.listing)
+      except UserError as error:
+        # It was read before, and has been lost on disk and in memory.
+        self._slots.forget(answer.listing)
+        self._slots.release(answer.listing)
+        self._schedule.leave(answer)
+        answer.fail(str(error))
+        return None
+      self.bank.write(slot, updates)
+      self._loads += 1
+    return slot
+
+  def _leave(self, answer: Answer) -> None:
+    if self._schedule.leave(answer) and answer.listing is not None:
+      self._slots.release(answer.listing)
+
+  def _read(self, directory: Path) -> Updates:
+    return self.bank.fit(peft.load(directory, self._params), directory.name)
+
+  def _read_prompt(self, prompt: Any, length: int, seat: Seat) -> None:
+    prompt_1T = np.zeros((1, length), np.int32)
+    prompt_1T[0, : len(prompt)] = prompt
+    state = (self._rows, self._tokens_B)
+    self._rows, self._tokens_B = read_prompt(*self._program, *state, prompt_1T, seat)
+
+  def _decode(self, reach: int) -> None:
+    state = (self._rows, self._tokens_B, self.config.padded(reach))
+    self._rows, self._tokens_B = decode(*self._program, *state)
+
+  @property
+  def _program(self) -> tuple[Any, ...]:
+    """What both programs begin with."""
+    return self._model, self._params, self.bank.held, self._head
