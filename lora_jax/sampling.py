@@ -71,10 +71,10 @@ def choose_rows(logits_BV: jax.Array, steps_B: jax.Array, draws: Draw) -> jax.Ar
 
 def _sampled(logits_V: jax.Array, step: jax.Array, draw: Draw) -> jax.Array:
   # Under `vmap` rows of temperature 0 come here too, and are not looked at.
-  temperature = jnp.where(draw.temperature > 0, draw.temperature, 1.0)
-  scaled_V = logits_V / temperature
+  temperature, top_k = jnp.asarray(draw.temperature), jnp.asarray(draw.top_k)
+  scaled_V = logits_V / jnp.where(temperature > 0, temperature, 1.0)
   order_V = jnp.argsort(-scaled_V)
-  among = jnp.where(draw.top_k > 0, draw.top_k, logits_V.size)
+  among = jnp.where(top_k > 0, top_k, logits_V.size)
   ordered_V = jnp.where(jnp.arange(logits_V.size) < among, scaled_V[order_V], -jnp.inf)
   probs_V = jax.nn.softmax(ordered_V)
   # The first is always among them.

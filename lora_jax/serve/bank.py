@@ -194,7 +194,7 @@ def _zeros(bank: Bank) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.partial(jax.jit, donate_argnames='bank')
-def _write(bank: Bank, w: Any, slot: jax.Array, update: Update) -> Bank:
+def _write(bank: Bank, w: Any, slot: jax.Array, update: Any) -> Bank:
   gain = None
   if bank.gain is not None:
     fresh = lambda: lora.gain(LoraKernel(w, update.a, update.b, update.scale), update.m)
@@ -216,7 +216,7 @@ def _silence(bank: Bank, slot: jax.Array) -> Bank:
   if gain is not None:
     gain = _put(gain, jnp.ones((gain.shape[0], gain.shape[2])), slot)
   scale = _put(bank.scale, jnp.zeros(bank.scale.shape[0]), slot)
-  return bank.replace(scale=scale, gain=gain)
+  return dataclasses.replace(bank, scale=scale, gain=gain)
 
 
 def _put(leaf: jax.Array, fresh: jax.Array, slot: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ rows as far as the longest of them reaches, which on a short chat is a small par
 there is room for; it writes each row at its own length.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +82,9 @@ class Seat:
   def of(cls, row: int, slot: int, length: int, sampling: Sampling) -> 'Seat':
     """With every number in the one dtype that programs are compiled for."""
     return cls(
-      *map(np.int32, (row, slot, length)),
+      np.int32(row),
+      np.int32(slot),
+      np.int32(length),
       np.uint32(sampling.seed % _SEEDS),
       np.float32(sampling.temperature),
       np.float32(sampling.top_p),
@@ -171,4 +174,4 @@ def decode(
   # Rows that nobody sits in go on for ever, and write nothing beyond their last slot.
   positions_B = jnp.minimum(next_B, rows.kv.k_LBKSH.shape[3])
   kv = rows.kv.write_each(kv, rows.positions_B)
-  return rows.replace(kv=kv, positions_B=positions_B), chosen_B
+  return dataclasses.replace(rows, kv=kv, positions_B=positions_B), chosen_B
