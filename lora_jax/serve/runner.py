@@ -1,8 +1,10 @@
 """An engine in a thread of its own, and requests from any other.
 
-with Runner(engine) as runner:
-for piece in runner.stream(Request(ids, adapter='medicine')):
-print(piece, end='', flush=True)
+Leaving the block waits for all answers:
+
+  with Runner(engine) as runner:
+    for piece in runner.stream(Request(ids, adapter='medicine')):
+      print(piece, end='', flush=True)
 """
 
 import concurrent.futures
