@@ -16,6 +16,7 @@ import tiny_tokenizers
 from lora_jax import merging
 from lora_jax.errors import UserError
 from lora_jax.hub import bases, huggingface, snapshot, tiny, wheel
+from lora_jax.transformer import Transformer
 
 CONTENT = b'GGUF' + bytes(range(200))
 
@@ -320,3 +321,25 @@ def test_default_base():
   assert sum(leaf.size for leaf in leaves(base.params)) == 134_515_008
   assert base.record['weights'] == 'dequantised Q4_1'
   assert base.record['sha256'].startswith('b179c952')
+
+
+@pytest.mark.base
+def test_the_base_that_sees_is_the_text_with_eyes():
+  text, seen = bases.load('smollm2-135m-instruct'), bases.load('smollm2-135m-sight')
+  assert seen.images is not None
+  assert seen.config.vision is not None
+  assert (seen.record['name'], seen.record['sees']) == ('smollm2-135m-sight', 'images')
+  assert seen.record['sha256'] != text.record['sha256']
+  tokens = np.asarray([text.tokenizer.encode_chat([{'role': 'user', 'content': 'Hello'}])])
+  hidden = [
+    np.asarray(Transformer(base.config).apply({'params': base.params}, tokens)[0])
+    for base in (text, seen)
+  ]
+  np.testing.assert_array_equal(*hidden)
+  # What it was taught shows: a tile of colours is not that of an empty sheet.
+  side = seen.config.vision.image_size
+  tiles = np.ones((2, side, side, 3), np.float32)
+  tiles[1, side // 4 : side // 2, side // 4 : side // 2] = (1, -1, -1)
+  paper, red = Transformer(seen.config).apply({'params': seen.params}, tiles, method='see')
+  moved = np.linalg.norm(red - paper, axis=-1).reshape(9, 9)
+  assert moved[2:4, 2:4].mean() > 2 * moved[6:, 6:].mean()

@@ -57,6 +57,20 @@ def test_a_last_wave_that_is_not_full_uses_the_program_of_the_others():
   assert len(trainer._steps) == 1
 
 
+def test_a_part_of_a_wave_is_scored_in_few_places_and_few_programs():
+  jobs = [job(targets) for targets in ('o_proj', 'fc2', 'qkv', 'fc1', 'all')]
+  ((wave, outcomes),) = Trainer(MODEL, tiny_model.params(), CONFIG, cells=5).train(jobs, SHAPE)
+  sizes = []
+  for count in range(1, 6):
+    chosen = dict(enumerate(outcomes[-count:], start=5 - count))
+    pack = wave.pack(chosen)
+    sizes.append(pack.cells)
+    for place, outcome in enumerate(chosen.values()):
+      own = packs.extract(packs.take(pack.adapters, place), outcome.adapters)
+      jax.tree.map(np.testing.assert_array_equal, own, outcome.adapters)
+  assert sizes == [1, 2, 3, 5, 5]
+
+
 def test_modules_of_one_shape_at_other_paths_are_another_program():
   trainer = Trainer(MODEL, tiny_model.params(), CONFIG)
   for targets in ('k_proj', 'v_proj'):
