@@ -106,11 +106,11 @@ def finished(base: Base, held: Mapping[str, Any]) -> dict[str, Any]:
   return jax.tree.map(np.asarray, sight.lengthened(held, length))
 
 
-def _tiles(recipe: Recipe, stage: Stage, base: Base) -> jax.Array:
+def _tiles(recipe: Recipe, stage: Stage, base: Base) -> np.ndarray:
   """Some tiles as a stage draws them, (I, Y, X, C), normalised."""
   batches = read.Batches(recipe, stage, base.tokenizer, fonts.FACES, recipe.seed + _FOR_PATCHES)
   some = [batches[i]['pixels'] for i in range(-(-_TILES // stage.rows))]
-  return _normalised(recipe, np.concatenate(some))
+  return np.asarray(_normalised(recipe, np.concatenate(some)))
 
 
 def _normalised(recipe: Recipe, pixels: jax.typing.ArrayLike) -> jax.Array:
