@@ -63,7 +63,15 @@ setuptools.setup(
   install_requires=RUN,
   extras_require={
     # `nodejs` lets pyright run where there is no node.
-    'test': ['pre-commit', 'pyright[nodejs]', 'pytest', 'ruff', 'tensorboardX', *REFERENCES],
+    'test': [
+      'pre-commit',
+      'pyright[nodejs]',
+      'pytest',
+      'pytest-xdist',
+      'ruff',
+      'tensorboardX',
+      *REFERENCES,
+    ],
     'hub': ['datasets', 'huggingface_hub'],
     # Metrics beyond JSON lines.
     'track': ['tensorboardX', 'wandb'],

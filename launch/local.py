@@ -37,6 +37,10 @@ TEST_VERSIONS = ('3.11', '3.12', '3.13')
 _PROBE = 'import sys, venv, ensurepip; print("%d.%d" % sys.version_info[:2])'
 _TAIL_LINES = 15
 
+# A process for each core, since nearly all of a test's time is tracing, up to what memory
+# holds; files stay whole, since their tests share what is compiled. A later `-n0` undoes it.
+PARALLEL = ('-nlogical', '--maxprocesses=8', '--dist=loadfile')
+
 # Runs a command with its output appended to a log and returns its exit status.
 Runner = Callable[[Sequence[str], Path], int]
 
@@ -295,7 +299,7 @@ def plan(arguments: Sequence[str], root: Path = ROOT) -> tuple[Sequence[str], tu
   if command == 'python':
     return chosen or TEST_VERSIONS, ('test',), rest
   if command == 'test':
-    return chosen or TEST_VERSIONS, ('test',), ['-m', 'pytest', *rest]
+    return chosen or TEST_VERSIONS, ('test',), ['-m', 'pytest', *PARALLEL, *rest]
   return chosen or RUN_VERSIONS, (), ['-m', f'experiments.{command}', *rest]
 
 

@@ -90,6 +90,7 @@ def test_cells_train_together_and_programs_are_counted(tmp_path):
     assert named == {*record['lora']['modules']}
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_measured_and_recorded(tmp_path):
   done = ablate(*SMOKE, '--quantize=nf4', '--datasets=medmcqa', f'--out={tmp_path / "out"}')
   assert done.returncode == 0, done.stderr
@@ -213,6 +214,7 @@ def test_a_row_without_a_field_names_file_and_line(tmp_path):
   assert 'cop' in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_cells_and_the_run_goes_on(tmp_path):
   out = tmp_path / 'out'
   arguments = (*SMOKE, '--datasets=medmcqa,invoice_ocr', f'--out={out}')

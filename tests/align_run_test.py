@@ -48,6 +48,7 @@ def finished(base, tmp_path_factory):
   return out
 
 
+@pytest.mark.slow
 def test_a_tower_learns_what_lies_in_a_few_drawings(base):
   stage = dataclasses.replace(READ, steps=60, rows=4)
   of = work.work(RECIPE, stage, base, None)
@@ -159,6 +160,7 @@ def test_a_run_leaves_a_base_that_sees(base, finished):
   assert run.run(RECIPE, base, finished)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(base, finished, tmp_path):
   asked = iter([False] * 3 + [True] + [False] * 2 + [True])
   out = tmp_path / 'run'

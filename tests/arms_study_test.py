@@ -14,6 +14,7 @@ from lora_jax.presets import ARMS
 MODULES = {'o_proj': 'attn/o_proj', 'fc2': 'mlp/down_proj'}
 
 
+@pytest.mark.slow
 def test_the_arm_of_equal_parameters_is_run_beside_what_is_there(tmp_path):
   cells, losses = tmp_path / 'out' / 'cells', []
   run(tmp_path / 'out', tmp_path / 'cache')

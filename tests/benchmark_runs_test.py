@@ -46,6 +46,7 @@ def test_a_shape_of_random_weights_is_trained_and_measured():
   assert run['trainable_parameters'] == 4 * tiny.CONFIG.num_layers * sizes
 
 
+@pytest.mark.slow
 def test_both_sides_train_the_same_loss():
   pytest.importorskip('peft')
   options = gpu.Options(
@@ -94,6 +95,7 @@ def compared():
     return grid.compare(options)
 
 
+@pytest.mark.slow
 def test_the_base_is_scored_alike_on_both_sides(compared):
   ours, theirs = compared['lora_jax float32'], compared['PEFT float32']
   assert [*ours['cells']] == [*theirs['cells']] == ['base', 'o_proj', 'fc2']

@@ -36,6 +36,7 @@ def read(params, packed):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('prefix', [0, 40])
 @pytest.mark.parametrize('batch_rows', [1, 3, 50])
 def test_packed_prompts_end_as_each_does_alone(prefix, batch_rows):

@@ -104,6 +104,7 @@ def test_adapters_attached_equal_adapters_merged(free):
   assert (attached != free).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [{}, {'dora': True}, {'init': 'pissa', 'train_also': ('norm', 'input_layernorm')}],

@@ -30,6 +30,7 @@ def trained(jobs, cells=0, config=CONFIG):
   return [found[id(one)] for one in jobs], sizes
 
 
+@pytest.mark.slow
 def test_waves_are_even_and_every_job_is_trained_as_alone():
   cells = [(targets, seed) for targets in ('o_proj', 'fc2') for seed in range(2)] + [('all', 5)]
   outcomes, sizes = trained([job(*cell) for cell in cells], cells=3)
@@ -38,6 +39,7 @@ def test_waves_are_even_and_every_job_is_trained_as_alone():
     assert_same(outcome, alone(job(*cell), CONFIG))
 
 
+@pytest.mark.slow
 def test_kinds_that_share_no_tree_take_turns():
   dora = dataclasses.replace(LORA, dora=True)
   jobs = [job('o_proj'), job('qkv_proj'), job('fc2', lora_config=dora), job('fc1', 1)]
@@ -85,6 +87,7 @@ def test_waves_are_as_even_as_they_come(jobs, cells, even):
   assert grid._even(jobs, cells) == even
 
 
+@pytest.mark.slow
 def test_the_articles_grid_compiles_no_more_programs_than_two_of_its_sets():
   counts = []
   for sets in (('qkv', 'all'), ARTICLE_TARGETS, (*ARTICLE_TARGETS, 'q_proj', 'up_proj', 'k_proj')):
@@ -111,6 +114,7 @@ def test_a_program_is_counted_once():
   assert str(programs).startswith('1 program')
 
 
+@pytest.mark.slow
 def test_what_runs_out_of_memory_goes_on_with_fewer_cells(monkeypatch, capsys):
   def scarce(model, base, wave, *rest, **options):
     if wave.cells > 1:
@@ -136,6 +140,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
     trained([job('o_proj'), job('fc2')])
 
 
+@pytest.mark.slow
 def test_no_more_cells_are_planned_than_memory_holds(monkeypatch, capsys):
   jobs = [job('o_proj', seed) for seed in range(4)]
   needs = {}

@@ -205,7 +205,11 @@ def test_plan_reads_command_and_its_arguments(checkout):
     ['-m', 'experiments.ablate', '--targets=o_proj,fc2'],
   )
   versions, extras, rest = local.plan(['--python=3.13', 'test', '-q'], checkout)
-  assert (versions, extras, rest) == (('3.13',), ('test',), ['-m', 'pytest', '-q'])
+  assert (versions, extras, rest) == (
+    ('3.13',),
+    ('test',),
+    ['-m', 'pytest', *local.PARALLEL, '-q'],
+  )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ SMOKE = ('--preset=smoke', '--targets=o_proj', '--steps=2', '--train_rows=0', '-
 ARMS = '--arms=equal_rank,equal_parameters'
 
 
+@pytest.mark.slow
 def test_an_own_file_gets_the_same_report(tmp_path):
   data, out = write(tmp_path / 'sums.jsonl', many(80)), tmp_path / 'out'
   arguments = (*SMOKE, ARMS, f'--data={data}', f'--out={out}', f'--cache={tmp_path / "cache"}')

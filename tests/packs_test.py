@@ -70,6 +70,7 @@ def test_the_articles_grid_in_one_program_equals_its_cells_alone():
   assert len(losses) == 16
 
 
+@pytest.mark.slow
 def test_ranks_rates_and_streams_may_differ_between_cells():
   def cells():
     return [
@@ -88,8 +89,6 @@ def test_ranks_rates_and_streams_may_differ_between_cells():
 @pytest.mark.parametrize(
   'changes',
   [
-    {'dora': True},
-    {'init': 'pissa'},
     {'dropout': 0.3},
     {'train_also': ('norm', 'input_layernorm')},
     {'dora': True, 'init': 'pissa', 'rslora': True},
@@ -116,6 +115,7 @@ def test_what_drops_out_of_a_row_does_not_depend_on_the_rows_that_run_with_it():
     assert_same(outcome, alone(given, short))
 
 
+@pytest.mark.slow
 def test_fused_modules_pack_with_their_like():
   cells = lambda: [job('qkv_proj', 0), job('qkv_proj,fc2', 1)]
   for outcome, given in zip(together(cells()), cells(), strict=True):

@@ -71,6 +71,7 @@ def loss_and_gradient(model, base, batches):
 WINDOWS = dataclasses.replace(CONFIG, windows=(4, 0, 25), qk_norm=True, attention_cap=3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('config', 'remat'), [(CONFIG, False), (WINDOWS, True)])
 def test_losses_and_gradients_are_those_of_the_rows_alone(config, remat):
   model, base = Transformer(config, remat=remat), tiny_model.params(config)

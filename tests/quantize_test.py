@@ -301,6 +301,7 @@ def temporaries(base):
   return lowered.compile().memory_analysis()
 
 
+@pytest.mark.slow
 @ONE_KIND
 @pytest.mark.usefixtures('optimised')
 def test_no_decoded_kernel_is_kept_for_the_backward_pass(kind, monkeypatch):

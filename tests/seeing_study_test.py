@@ -93,6 +93,7 @@ def grid(tmp_path_factory, base):
   return out, said.getvalue(), given
 
 
+@pytest.mark.slow
 def test_in_a_grid_of_eight_the_tower_runs_once_an_image(grid):
   out, said, given = grid
   held = records(out)

@@ -175,6 +175,7 @@ def job(targets, seed, rows, shape, files):
   )
 
 
+@pytest.mark.slow
 def test_packed_cells_and_parts_train_as_alone(rows_and_files):
   rows, files = rows_and_files
   shape = dataclasses.replace(pipeline.batch_shape(rows, 512), rows=2)

@@ -34,6 +34,7 @@ def records(out):
   return {file.name: json.loads(file.read_text()) for file in files}
 
 
+@pytest.mark.slow
 def test_what_was_trained_before_an_interruption_is_not_trained_again(tmp_path, monkeypatch):
   whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
   run(whole, tmp_path / 'cache')

@@ -79,6 +79,7 @@ def test_a_choice_is_kept_for_every_seed_and_for_those_rows_alone(tmp_path):
   assert sweep.Rates((), directory).optim(other, OptimConfig()) == OptimConfig()
 
 
+@pytest.mark.slow
 def test_all_seeds_train_at_the_rate_that_was_chosen(tmp_path, monkeypatch):
   grid = dataclasses.replace(GRID, targets=('o_proj',), rates=RATES)
   run(tmp_path / 'out', tmp_path / 'cache', grid)

@@ -28,8 +28,7 @@ RANK, SCALE = 4, 2.0
 def params(config=CONFIG):
   """Random parameters whose norms are not all one."""
   shift = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  init = jax.jit(init_params, static_argnums=0)
-  return jax.tree.map(shift, init(config, jax.random.key(0)))
+  return jax.jit(lambda key: jax.tree.map(shift, init_params(config, key)))(jax.random.key(0))
 
 
 def trained_adapters(targets, seed=0, of=None):

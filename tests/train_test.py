@@ -140,6 +140,7 @@ def test_two_steps_end_to_end_leave_the_base_as_it_was():
   assert {leaf.dtype for leaf in jax.tree.leaves(outcome.adapters)} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('positions', [1, LENGTH, 2 * LENGTH])
 def test_parts_of_a_batch_add_up_to_it(positions):
   whole, parts = (run(positions=n, steps=4, eval_every=2) for n in (ROWS * LENGTH, positions))
