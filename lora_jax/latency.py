@@ -22,15 +22,16 @@ from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, l
 
 # A set of targets, and its arm.
 Target = tuple[str, str]
+Params = Mapping[str, Any]
 
-# One prompt, as a user waiting for an answer has.
-_PROMPT_TOKENS = 256
+# The prompt of a user who waits for an answer.
+PROMPT_TOKENS = 256
 _DECODE_STEPS = 8
 
 
 def measure(
   model: Transformer,
-  base: Mapping[str, Any],
+  base: Params,
   target_sets: Mapping[Target, tuple[Sequence[str], LoraConfig]],
   turns: int,
 ) -> dict[str, Any]:
@@ -49,35 +50,65 @@ def measure(
     medians and quartiles over turns, 'base' included, at equal rank; 'arms': arm -> the same,
     where there are others.
   """
-  variants: dict[Any, Any] = {None: base}
-  for name, (paths, config) in target_sets.items():
-    adapters = lora_family.init(jax.random.key(0), base, paths, config)
-    scales = lora_family.plan(config, adapters).scales()
-    variants[name] = lora.attach(base, adapters, scales)
-  tokens = jnp.ones((1, _PROMPT_TOKENS), jnp.int32)
-  room = KeyValues.empty(model.config, 1, _PROMPT_TOKENS + _DECODE_STEPS, model.dtype)
+  variants = {of: attached(base, *sets) for of, sets in target_sets.items()}
+  times = interleaved(model, base, variants, turns)
+  found = {arm: {'base': times[None]} for _, arm in (('', EQUAL_RANK), *target_sets)}
+  for targets, arm in target_sets:
+    found[arm][targets] = times[targets, arm]
+  return {'targets': found.pop(EQUAL_RANK), **({'arms': found} if found else {})}
+
+
+def attached(base: Params, paths: Sequence[str], config: LoraConfig) -> Params:
+  """The base with a fresh adapter, unmerged."""
+  adapters = lora_family.init(jax.random.key(0), base, paths, config)
+  return lora.attach(base, adapters, lora_family.plan(config, adapters).scales())
+
+
+def interleaved(
+  model: Transformer,
+  base: Params,
+  variants: Mapping[Any, Params],
+  turns: int,
+  rows: int = 1,
+  prompt: int = PROMPT_TOKENS,
+  label: str = 'latency',
+) -> dict[Any, dict[str, float]]:
+  """Times prefill and decoding of the base and of each variant, in turns.
+
+  Args:
+    model: the Transformer.
+    base: its parameters.
+    variants: name, never None -> parameters with adapters.
+    turns: how often each is timed.
+    rows: prompts in a batch.
+    prompt: tokens of each.
+    label: of the progress.
+
+  Returns:
+    name, None for the base -> times as in `measure`, of the whole batch.
+  """
+  entrants = {None: base, **variants}
+  tokens = jnp.ones((rows, prompt), jnp.int32)
+  room = KeyValues.empty(model.config, rows, prompt + _DECODE_STEPS, model.dtype)
   # A server lays the head out once, so that is no part of a request's time.
-  head = jax.jit(head_kernel, static_argnums=0)(model, base)
+  head = jax.jit(head_kernel, static_argnums=(0, 2))(model, base, rows)
   works = {
     'prefill': lambda params: _prefill(model, params, head, tokens),
-    'decode': lambda params: _decode(model, params, head, room),
+    'decode': lambda params: _decode(model, params, head, room, prompt),
   }
-  seconds = {(name, work): [] for name in variants for work in works}
-  with Progress('latency', (turns + 1) * len(variants), unit='run') as progress:
+  seconds = {(name, work): [] for name in entrants for work in works}
+  with Progress(label, (turns + 1) * len(entrants), unit='run') as progress:
     for turn in range(turns + 1):
       # Everyone is first as often, so that no one always runs on the warmest cache.
-      shift = turn % len(variants)
-      for name, params in [*variants.items()][shift:] + [*variants.items()][:shift]:
+      shift = turn % len(entrants)
+      for name, params in [*entrants.items()][shift:] + [*entrants.items()][:shift]:
         for work, run in works.items():
           taken = _seconds(run, params)
           # The first turn compiles and warms up.
           if turn:
             seconds[name, work].append(taken)
         progress.advance()
-  found = {arm: {'base': _summary(seconds, None)} for _, arm in (('', EQUAL_RANK), *target_sets)}
-  for targets, arm in target_sets:
-    found[arm][targets] = _summary(seconds, (targets, arm))
-  return {'targets': found.pop(EQUAL_RANK), **({'arms': found} if found else {})}
+  return {name: _summary(seconds, name) for name in entrants}
 
 
 def timed(record: Mapping[str, Any] | None) -> list[Target]:
@@ -107,29 +138,28 @@ def _summary(seconds: Mapping[tuple[Any, str], list[float]], name: Any) -> dict[
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def _prefill(
-  model: Transformer, params: Mapping[str, Any], head: Kernel, tokens_BT: jax.Array
-) -> jax.Array:
+def _prefill(model: Transformer, params: Params, head: Kernel, tokens_BT: jax.Array) -> jax.Array:
   hidden_BTD, _ = model.apply({'params': params}, tokens_BT)
   return logits(model, hidden_BTD[:, -1], head)
 
 
-@functools.partial(jax.jit, static_argnames='model')
+@functools.partial(jax.jit, static_argnames=('model', 'prompt'))
 def _decode(
-  model: Transformer, params: Mapping[str, Any], head: Kernel, kv: KeyValues
+  model: Transformer, params: Params, head: Kernel, kv: KeyValues, prompt: int
 ) -> jax.Array:
-  """Decodes a few tokens after a full prompt."""
+  """Decodes a few tokens after full prompts."""
+  rows = kv.k_LBKSH.shape[1]
 
   def body(step, state):
     token_B, kv = state
-    position = _PROMPT_TOKENS + step
+    position = prompt + step
     slots_S = jnp.arange(kv.k_LBKSH.shape[3])
-    held_BS = jnp.where(slots_S < position, slots_S, NOWHERE)[None]
-    positions_BT = jnp.full((1, 1), position)
+    held_BS = jnp.tile(jnp.where(slots_S < position, slots_S, NOWHERE)[None], (rows, 1))
+    positions_BT = jnp.full((rows, 1), position)
     hidden_B1D, new = model.apply(
       {'params': params}, token_B[:, None], positions_BT, past=((kv, held_BS),)
     )
     logits_BV = logits(model, hidden_B1D[:, 0], head)
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), kv.write(new, position)
 
-  return jax.lax.fori_loop(0, _DECODE_STEPS, body, (jnp.ones(1, jnp.int32), kv))[0]
+  return jax.lax.fori_loop(0, _DECODE_STEPS, body, (jnp.ones(rows, jnp.int32), kv))[0]

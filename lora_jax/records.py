@@ -3,7 +3,8 @@
     OUT/run.json                   what all cells share
     OUT/cells/<name>.json          one record, with one score a test row
     OUT/cells/<name>.predictions.jsonl   what the model said
-    OUT/latency.json               times of the target sets
+    OUT/latency.json               times of the target sets, a row at a time
+    OUT/batches.json               the same in batches (experiments.latency)
     OUT/rates/<name>.json          learning rates that were tried for a target set
 
 A file appears whole or not at all, so what exists is finished and is never redone.
@@ -21,7 +22,7 @@ import platform
 import shutil
 import urllib.parse
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -352,3 +353,27 @@ class RunDirectory:
     Of other arms than that of equal rank, too: 'arms': arm -> name -> times.
     """
     write_json(self.path / 'latency.json', times)
+
+  def batches(self) -> dict[str, Any] | None:
+    """What `write_batches` wrote, or None.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = self.path / 'batches.json'
+    if not file.exists():
+      return None
+    held = read_json(file)
+    parts = isinstance(held, dict) and [held.get('about'), held.get('batches')]
+    if not parts or not isinstance(parts[0], dict) or not isinstance(parts[1], list):
+      raise UserError(f'{file} is not a record of times; delete it and run again')
+    return held
+
+  def write_batches(self, about: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
+    """Writes times of batches.
+
+    Args:
+      about: what all share: base, arithmetic, adapters, prompt, device.
+      batches: {'rows', 'adapters', 'times': name -> times} of each.
+    """
+    write_json(self.path / 'batches.json', {'about': about, 'batches': list(batches)})

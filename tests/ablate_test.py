@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,28 @@ def test_a_quantised_base_is_measured_and_recorded(tmp_path):
   assert record['status'] == 'done'
   assert record['settings']['train']['quantize'] == 'nf4'
   assert 'stored as nf4' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_times_of_batches_join_the_report(finished, tmp_path):
+  run = shutil.copytree(finished[0], tmp_path / 'run', ignore=shutil.ignore_patterns('.lock'))
+  small = ('--targets=o_proj,fc2', '--rows=2', '--adapters=1,2', '--turns=1', '--prompt_tokens=4')
+
+  def latency(*arguments):
+    return subprocess.run(
+      [sys.executable, '-m', 'experiments.latency', *small, *arguments, f'--out={run}'],
+      capture_output=True, text=True, cwd=ROOT, check=False, timeout=300,
+    )  # fmt: skip
+
+  done = latency()
+  assert done.returncode == 0, done.stderr
+  about = json.loads((run / 'batches.json').read_text())['about']
+  # The study's, not the launcher's own.
+  assert (about['base'], about['rank']) == ('tiny', 4)
+  assert 'In a batch: 2 rows, 2 adapters' in (run / 'report.md').read_text()
+  for arguments, says in (('--rank=3',), 'adapters'), (('--base=smollm2-135m-instruct',), 'tiny'):
+    other = latency(*arguments)
+    assert (other.returncode, other.stderr.count('\n')) == (2, 1)
+    assert says in other.stderr
 
 
 def export(*arguments):

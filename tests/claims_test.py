@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from planted_run import plant, plant_latency, plant_status, start
+from planted_run import plant, plant_batch, plant_latency, plant_status, start
 
 from lora_jax.presets import ARTICLE_TARGETS
 from lora_jax.records import Cell, RunDirectory
@@ -188,6 +188,19 @@ def test_c7_follows_the_times(run):
   assert verdict(run, 'C7') == DOES_NOT_HOLD
   plant_latency(run, o_proj=1.02)
   assert verdict(run, 'C7') == UNDETERMINED
+
+
+def test_c7_is_judged_in_every_batch(run):
+  plant_latency(run, **{'o_proj': 1.02, 'o_proj,fc2': 1.32})
+  plant_batch(run, 8, 8, **{'o_proj': 1.02, 'o_proj,fc2': 1.32})
+  assert verdict(run, 'C7') == HOLDS
+  plant_batch(run, 8, 8, **{'o_proj': 1.02, 'o_proj,fc2': 1.10})
+  assert verdict(run, 'C7') == DOES_NOT_HOLD
+  # One row is what latency.json is asked of.
+  plant_batch(run, 1, 1, **{'o_proj': 1.02, 'o_proj,fc2': 1.10})
+  assert verdict(run, 'C7') == HOLDS
+  plant_batch(run, 8, 8, o_proj=1.02)
+  assert verdict(run, 'C7') == HOLDS
 
 
 def test_c8_lora_beats_the_base(run):

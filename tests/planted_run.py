@@ -108,22 +108,27 @@ def common(test, description):
 
 
 def plant_latency(run, **ratios):
-  run.write_latency(
-    {
-      'device': 'cpu',
-      'dtype': 'bfloat16',
-      'targets': {
-        name: {
-          'prefill_ms': 250 * ratio,
-          'decode_ms': 12.5 * ratio,
-          **{f'{work}_ratio': ratio for work in ('prefill', 'decode')},
-          **{f'{work}_ratio_low': ratio - 0.01 for work in ('prefill', 'decode')},
-          **{f'{work}_ratio_high': ratio + 0.02 for work in ('prefill', 'decode')},
-        }
-        for name, ratio in {'base': 1.0, **ratios}.items()
-      },
-    },
-  )
+  named = {'base': 1.0, **ratios}
+  targets = {name: times(ratio) for name, ratio in named.items()}
+  run.write_latency({'device': 'cpu', 'dtype': 'bfloat16', 'targets': targets})
+
+
+def plant_batch(run, rows, adapters, **ratios):
+  about = {
+    'base': 'tiny', 'rank': 4, 'prompt_tokens': 5, 'device': 'cpu', 'dtype': 'float32', 'turns': 2
+  }  # fmt: skip
+  held = {name: times(ratio) for name, ratio in {'base': 1.0, 'merged': 1.0, **ratios}.items()}
+  run.write_batches(about, [{'rows': rows, 'adapters': adapters, 'times': held}])
+
+
+def times(ratio):
+  return {
+    'prefill_ms': 250 * ratio,
+    'decode_ms': 12.5 * ratio,
+    **{f'{work}_ratio': ratio for work in ('prefill', 'decode')},
+    **{f'{work}_ratio_low': ratio - 0.01 for work in ('prefill', 'decode')},
+    **{f'{work}_ratio_high': ratio + 0.02 for work in ('prefill', 'decode')},
+  }
 
 
 def written(run):

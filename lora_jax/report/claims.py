@@ -17,10 +17,11 @@ not beat the base throughout (C8) where `qkv` is below it (C2). Each is judged a
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.batch import Batch
 from lora_jax.presets import ARTICLE_TARGETS
 from lora_jax.report.results import BASE, DONE, Results
 from lora_jax.report.statistics import LEVEL, interval
@@ -310,15 +311,27 @@ def _near(view: View) -> list[Statement]:
 def _faster(view: View) -> list[Statement]:
   """C7. `o_proj` has 22.6 % less latency than `o_proj,fc2`, adapters unmerged.
 
-  For prefill and for decoding: true where it is faster and 22.6 % is within reach of the
-  quartiles of both, false where even the quartiles furthest apart give less, and open
-  where nothing was measured or the quartiles reach from slower to 22.6 %.
+  For prefill and for decoding, of one row and in the batches that were timed: true where it
+  is faster and 22.6 % is within reach of the quartiles of both, false where even the quartiles
+  furthest apart give less, and open where nothing was measured or the quartiles reach from
+  slower to 22.6 %.
   """
-  times = [view.results.times(name) for name in (O_PROJ, O_PROJ_FC2)]
+  statements = _less('', [view.results.times(name) for name in (O_PROJ, O_PROJ_FC2)])
+  for batch in (view.results.batches or {}).get('batches', ()):
+    times = [batch['times'].get(name) for name in (O_PROJ, O_PROJ_FC2)]
+    # A row at a time is what is told of already.
+    if None not in times and batch['rows'] > 1:
+      label = f'{Batch(batch["rows"], batch["adapters"]).label}, '
+      statements += _less(label, times)
+  return statements
+
+
+def _less(of: str, times: Sequence[Mapping[str, float] | None]) -> list[Statement]:
+  """By how much the first of two is faster."""
   statements = []
   for work in ('prefill', 'decode'):
     if None in times:
-      statements.append(Statement(f'{work}: not measured', None))
+      statements.append(Statement(f'{of}{work}: not measured', None))
       continue
     one, two = (
       [t[f'{work}_ratio{end}'] for end in ('', '_low', '_high')] for t in times if t is not None
@@ -327,7 +340,7 @@ def _faster(view: View) -> list[Statement]:
       100 * (1 - one[i] / two[j]) for i, j in ((0, 0), (2, 1), (1, 2))
     )  # fmt: skip
     so = False if high < FASTER_PERCENT else True if low > 0 else None
-    statements.append(Statement(f'{work} {spread(middle, low, high)} % less', so))
+    statements.append(Statement(f'{of}{work} {spread(middle, low, high)} % less', so))
   return statements
 
 

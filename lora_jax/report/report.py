@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_jax.presets import EQUAL_RANK
 from lora_jax.records import RunDirectory, write_json, write_text
-from lora_jax.report import arms, document, findings, page, sections, svg, terminal
+from lora_jax.report import arms, batches, document, findings, page, sections, svg, terminal
 from lora_jax.report.claims import judge
 from lora_jax.report.document import Card, Document
 from lora_jax.report.results import BASE, Dataset, Results, gather
@@ -79,6 +79,7 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
       sections.rates(results),
       sections.costs(results),
       sections.latency(results),
+      *batches.sections(results.batches),
       sections.other_scores(results),
       findings.beside_article(results, cards),
       sections.rows_and_tasks(results),

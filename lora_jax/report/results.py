@@ -109,6 +109,7 @@ class Results:
     average_statistics: of those averages, or None.
     costs: configuration -> cost, of those that were trained.
     latency: the content of latency.json with this arm's times as its 'targets', or None.
+    batches: the content of batches.json, or None; of equal rank alone.
     versions: package (and 'python', 'device') -> the versions that records name.
     sizes: configuration -> how its rank was solved, where it was.
     rates: dataset -> configuration -> the learning rates that were tried, as a cell's record
@@ -128,6 +129,7 @@ class Results:
   sizes: dict[str, Size] = dataclasses.field(default_factory=dict)
   rates: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
   others: dict[str, 'Results'] = dataclasses.field(default_factory=dict)
+  batches: dict[str, Any] | None = None
 
   @property
   def complete(self) -> list[Dataset]:
@@ -151,7 +153,8 @@ def gather(run: RunDirectory) -> Results:
   shared, latency = read_json(run.path / 'run.json')['shared'], run.latency()
   arms = sorted({record['cell']['arm'] for record in records} - {'', EQUAL_RANK})
   others = {arm: _arm(arm, records, shared, latency) for arm in arms}
-  return dataclasses.replace(_arm(EQUAL_RANK, records, shared, latency), others=others)
+  results = _arm(EQUAL_RANK, records, shared, latency)
+  return dataclasses.replace(results, others=others, batches=run.batches())
 
 
 def _arm(
