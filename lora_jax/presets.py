@@ -42,9 +42,9 @@ PRESETS = {
   # The default: every dataset on two CPU cores while one waits.
   'quick': Settings(
     train=TrainConfig(
-      steps=20, tokens_per_batch=512, max_length=512, train_rows=512, eval_rows=8, eval_every=20
+      steps=16, tokens_per_batch=512, max_length=512, train_rows=512, eval_rows=8, eval_every=16
     ),
-    eval=EvalConfig(test_rows=16, batch_rows=16, max_new_tokens=160),
+    eval=EvalConfig(test_rows=12, batch_rows=12, max_new_tokens=160),
     latency_turns=7,
   ),
   # The public recipe nearest to the article (Nova 2 Lite: 100 steps with 15 of warm-up,
