@@ -9,6 +9,7 @@ adapters and prompts. Within the engine, requests with adapters and without take
 so do engines with different numbers of slots. `--json=FILE` keeps the records.
 """
 
+import copy
 import dataclasses
 import json
 import sys
@@ -90,7 +91,7 @@ def start(
   base: Base, params: Any, directory: Path, targets: str, slots: int, options: Options
 ) -> Engine:
   """An engine that has compiled all it needs."""
-  tokenizer = base.tokenizer
+  tokenizer = copy.copy(base.tokenizer)
   # Answers go on to their last token on both sides.
   tokenizer.eos_id = -1
   length = options.prompt_tokens + options.new_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, grid, peer, train
+from benchmarks import gpu, grid, peer, serve, train
 from lora_jax.hub import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,30 @@ def test_the_grid_counts_time_memory_and_programs(compared):
   grid.show(compared)
 
 
+@pytest.mark.slow
+def test_engine_and_peft_say_the_same_to_a_mixed_batch():
+  pytest.importorskip('peft')
+  options = serve.Options(
+    'tiny',
+    ('o_proj,fc2',),
+    rank=3,
+    rows=3,
+    slots=(2, 5),
+    prompt_tokens=6,
+    new_tokens=4,
+    turns=1,
+    dtype='float32',
+    peer_dtypes=('float32',),
+  )
+  (record,) = serve.compare(options)
+  assert record['peers']['float32']['rows_equal'] == 3
+  assert list(record['ours']) == ['mixed', 'base', '2 slots', '5 slots']
+  for times in record['ours'].values():
+    assert 0 < times[0]['step_seconds'] < times[0]['seconds']
+  made = serve.table([record], options)
+  assert made.row_count == 6
+
+
 def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
   done = subprocess.run(
     [sys.executable, '-m', 'benchmarks.gpu'],
@@ -139,6 +163,9 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):
     ('train', ['--json=/no/such/place.json'], '--json=/no/such/place.json'),
     ('grid', ['--json=/'], '--json=/'),
     ('grid', ['--dataset=medmca'], 'medmcqa'),
+    ('serve', ['--slots=4,many'], '--slots=4,many'),
+    ('serve', ['--peer_dtypes=int8'], 'give of float32, bfloat16'),
+    ('serve', ['--targets=qkv_proj'], 'give q_proj,k_proj,v_proj'),
   ],
 )
 def test_a_mistake_is_one_line(module, arguments, says):
