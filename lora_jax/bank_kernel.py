@@ -107,8 +107,13 @@ def _gathered(x_BTI: jax.Array, bank: Bank, slots_B: jax.Array, dtype) -> jax.Ar
   """Each row's A and B side by side, and products batched over rows."""
   a_BIR, b_BRO = (leaf[slots_B].astype(x_BTI.dtype) for leaf in (bank.a, bank.b))
   low_BTR = jnp.einsum('BTI,BIR->BTR', x_BTI, a_BIR)
-  low_BTR *= bank.scale[slots_B].astype(x_BTI.dtype)[:, None, None]
+  low_BTR = _scaled(low_BTR, bank.scale[slots_B][:, None, None])
   return jnp.einsum('BTR,BRO->BTO', low_BTR, b_BRO, preferred_element_type=dtype)
+
+
+def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
+  """`scale * low`, and 0 at scale 0 whatever the A of an adapter before makes of a row."""
+  return jnp.where(scale == 0, 0, low * scale.astype(low.dtype))
 
 
 def _grouped(x_BTI: jax.Array, bank: Bank, slots_B: jax.Array, dtype) -> jax.Array:
@@ -123,7 +128,7 @@ def _grouped(x_BTI: jax.Array, bank: Bank, slots_B: jax.Array, dtype) -> jax.Arr
   sorted_PI = x_BTI[order_B].reshape(-1, fan_in)
   low_PR = jax.lax.ragged_dot(sorted_PI, bank.a.astype(x_BTI.dtype), sizes)
   scale_P = jnp.repeat(bank.scale[slots_B[order_B]], time, total_repeat_length=batch * time)
-  low_PR *= scale_P.astype(x_BTI.dtype)[:, None]
+  low_PR = _scaled(low_PR, scale_P[:, None])
   b = bank.b.astype(x_BTI.dtype)
   update_PO = jax.lax.ragged_dot(low_PR, b, sizes, preferred_element_type=dtype)
   update_BTO = update_PO.reshape(batch, time, -1)

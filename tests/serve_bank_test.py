@@ -116,13 +116,18 @@ def refused(bank, adapter, match):
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
-  refused(new_bank(rank=3), served.adapter('o_proj'), 'mine: has rank 4 in .*; start with --rank=4')
+  refused(
+    new_bank(rank=3), served.adapter('o_proj'), 'mine: has rank 4 in .*; start with --rank=4'
+  )
   refused(new_bank(dora=False), served.adapter('dora'), 'mine: has magnitudes .* --dora')
   refused(
     new_bank(targets='o_proj,fc2'),
     served.adapter('all'),
     'mine: adapts layers/attn/k_proj, and there are slots for layers/attn/o_proj, layers/mlp/down',
   )
+  broken = jax.tree.map(lambda leaf: leaf * np.nan, served.adapter('all').params)
+  broken = dataclasses.replace(served.adapter('all'), params=broken)
+  refused(new_bank(), broken, 'mine: has numbers in layers/.* that are not finite')
   norms = {**served.adapter('all').params, 'norm': {'scale': np.ones(MODEL.config.model_dim)}}
   trained = dataclasses.replace(served.adapter('all'), params=norms)
   refused(new_bank(), trained, 'mine: trains norm/scale too')

@@ -12,6 +12,7 @@ from served import CONFIG, KINDS, LONGEST, MODEL, NEW, TOKENIZER
 
 from lora_jax.bank_kernel import NONE
 from lora_jax.errors import UserError
+from lora_jax.hub import peft
 from lora_jax.programs import Programs
 from lora_jax.sampling import GREEDY, Sampling
 from lora_jax.serve.answer import Request
@@ -99,6 +100,24 @@ def test_hundreds_of_steps_compile_nothing_and_leave_nothing_behind(engine, requ
   grown = sum(array.nbytes for array in jax.live_arrays()) - memory
   # On a CPU the library's arrays are JAX's too.
   assert grown <= CONFIG.host_bytes
+
+
+def test_an_adapter_that_overflows_harms_nobody_after_it(tmp_path, requests):
+  root = served.write(tmp_path, ['o_proj'])
+  adapter = served.adapter('all')
+  huge = jax.tree.map(lambda leaf: leaf * np.float32(3e38), adapter.params)
+  peft.save(root / 'huge', dataclasses.replace(adapter, params=huge))
+  engine = Engine(MODEL, served.params(), TOKENIZER, CONFIG, root)
+  for request, ids in requests:
+    if request.adapter in ('', 'o_proj') and len(request.prompt) < LONGEST:
+      (before,) = ask(engine, Request(served.prompt(LONGEST), 'huge', NEW))
+      assert before.finish == 'length'
+      # The row and the slot that are free last are taken first.
+      engine.unload('huge')
+      assert ask(engine, request)[0].ids == ids
+      engine.unload('o_proj')
+      for name in ('huge', 'o_proj'):
+        engine.library.add(name, name)
 
 
 def test_what_is_drawn_depends_on_no_other_request(engine, requests):

@@ -126,6 +126,8 @@ class AdapterBank:
           'among --targets'
         )
       leaves = {key: np.asarray(leaf) for key, leaf in module.leaves.items()}
+      if not all(np.isfinite(leaf).all() for leaf in leaves.values()):
+        raise UserError(f'{name}: has numbers in {path} that are not finite; train it again')
       a, b, m = leaves['a'], leaves['b'], leaves.get('m')
       if 'a0' in leaves:
         # The kernel goes without what A and B began as (PiSSA).

@@ -126,9 +126,15 @@ def read_prompt(
   one = jax.tree.map(lambda leaf: leaf[None], draw)
   token_1 = choose_rows(logits(model, last_1D, head), seat.length[None], one)
   put = lambda old_B, new: old_B.at[seat.row].set(new)
-  beginning = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, seat.row, 0, 0, 0))
+
+  def whole(old: jax.Array, new: jax.Array) -> jax.Array:
+    # What the row held before has weight 0, but if an adapter overflowed, 0 times infinity.
+    left = old.shape[3] - new.shape[3]
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, left), (0, 0)))
+    return jax.lax.dynamic_update_slice(old, new, (0, seat.row, 0, 0, 0))
+
   rows = Rows(
-    jax.tree.map(beginning, rows.kv, kv),
+    jax.tree.map(whole, rows.kv, kv),
     put(rows.positions_B, seat.length),
     put(rows.slots_B, seat.slot),
     jax.tree.map(put, rows.draws, draw),
