@@ -30,6 +30,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# What is colder draws the same; devices may take the smallest numbers of float32 for 0.
+_COLDEST = 1e-30
 
 
 @flax.struct.dataclass
@@ -72,7 +74,8 @@ def choose_rows(logits_BV: jax.Array, steps_B: jax.Array, draws: Draw) -> jax.Ar
 def _sampled(logits_V: jax.Array, step: jax.Array, draw: Draw) -> jax.Array:
   # Under `vmap` rows of temperature 0 come here too, and are not looked at.
   temperature, top_k = jnp.asarray(draw.temperature), jnp.asarray(draw.top_k)
-  scaled_V = logits_V / jnp.where(temperature > 0, temperature, 1.0)
+  # From the likeliest down, so that what overflows at next to no temperature is of one sign.
+  scaled_V = (logits_V - logits_V.max()) / jnp.maximum(temperature, _COLDEST)
   order_V = jnp.argsort(-scaled_V)
   among = jnp.where(top_k > 0, top_k, logits_V.size)
   ordered_V = jnp.where(jnp.arange(logits_V.size) < among, scaled_V[order_V], -jnp.inf)

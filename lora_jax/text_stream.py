@@ -81,7 +81,12 @@ class Until:
       self.met, self._held = True, ''
       return held[: end + length]
     begun = max(
-      (n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])),
+      (
+        n
+        for stop in self._stops
+        for n in range(1, min(len(stop), len(held) + 1))
+        if held.endswith(stop[:n])
+      ),
       default=0,
     )
     told = len(held) - begun

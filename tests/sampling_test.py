@@ -31,6 +31,8 @@ def assert_shares(counts, probs):
 def test_draws_follow_temperature():
   assert drawn() == {1: 400}
   assert_shares(drawn(4000, temperature=1.0), PROBS)
+  # So cold that float32 ends.
+  assert drawn(temperature=1e-38) == drawn(temperature=1e-44) == {1: 400}
   # Colder: p ** 2, normalised.
   assert_shares(drawn(4000, temperature=0.5), PROBS**2 / (PROBS**2).sum())
 
