@@ -29,6 +29,9 @@ RUN = [
   'zss',
 ]
 
+# A server over HTTP.
+SERVE = ['prometheus-client', 'pydantic>=2', 'starlette', 'uvicorn']
+
 # The references that tests and benchmarks compare with. On Linux the registry's torch
 # is a CUDA build of several GB, so they are kept to one Python and one version, for
 # which pip can be pointed at a CPU wheel (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL).
@@ -64,14 +67,18 @@ setuptools.setup(
   extras_require={
     # `nodejs` lets pyright run where there is no node.
     'test': [
+      'httpx2',
+      'openai',
       'pre-commit',
       'pyright[nodejs]',
       'pytest',
       'pytest-xdist',
       'ruff',
       'tensorboardX',
+      *SERVE,
       *REFERENCES,
     ],
+    'serve': SERVE,
     'hub': ['datasets', 'huggingface_hub'],
     # Metrics beyond JSON lines.
     'track': ['tensorboardX', 'wandb'],

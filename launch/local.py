@@ -300,7 +300,8 @@ def plan(arguments: Sequence[str], root: Path = ROOT) -> tuple[Sequence[str], tu
     return chosen or TEST_VERSIONS, ('test',), rest
   if command == 'test':
     return chosen or TEST_VERSIONS, ('test',), ['-m', 'pytest', *PARALLEL, *rest]
-  return chosen or RUN_VERSIONS, (), ['-m', f'experiments.{command}', *rest]
+  extras = ('serve',) if command == 'serve' else ()
+  return chosen or RUN_VERSIONS, extras, ['-m', f'experiments.{command}', *rest]
 
 
 def main(arguments: Sequence[str]) -> None:

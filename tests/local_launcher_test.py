@@ -204,6 +204,8 @@ def test_plan_reads_command_and_its_arguments(checkout):
     (),
     ['-m', 'experiments.ablate', '--targets=o_proj,fc2'],
   )
+  (checkout / 'experiments' / 'serve.py').write_text('')
+  assert local.plan(['serve'], checkout)[1] == ('serve',)
   versions, extras, rest = local.plan(['--python=3.13', 'test', '-q'], checkout)
   assert (versions, extras, rest) == (
     ('3.13',),

@@ -117,7 +117,7 @@ def refused(bank, adapter, match):
 
 def test_what_does_not_fit_is_refused_with_what_would():
   refused(
-    new_bank(rank=3), served.adapter('o_proj'), 'mine: has rank 4 in .*; start with --rank=4'
+    new_bank(rank=3), served.adapter('o_proj'), 'mine: has rank 4 in .*; start with --max_rank=4'
   )
   refused(new_bank(dora=False), served.adapter('dora'), 'mine: has magnitudes .* --dora')
   refused(

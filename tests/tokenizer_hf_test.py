@@ -201,6 +201,9 @@ def test_a_base_without_a_template_gets_a_plain_one(tmp_path, adds_bos):
   bos = '<|im_start|>' * adds_bos
   assert ours.render(CHAT, False) == f'{bos}### user\na\n\n### assistant\nb<|endoftext|>\n\n'
   assert ours.eos_id == ours.special_tokens['<|endoftext|>']
+  # So does a text that is to be gone on with, once.
+  for text in ('a', f'{bos}a'):
+    assert ours.encode_text(text) == ours.encode(f'{bos}a')
 
 
 def test_bos_that_the_tokenizer_adds_begins_a_plain_chat(tmp_path):

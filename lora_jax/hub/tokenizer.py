@@ -87,6 +87,15 @@ class ChatTokenizer:
     """Ids of trusted text: special tokens written out in it become those tokens."""
     return self._full.encode(_whole(text), add_special_tokens=False).ids
 
+  def encode_text(self, text: str) -> list[int]:
+    """Ids of trusted text that a base is to go on from, begun as those it was trained on.
+
+    As `encode`, with `bos_id` before it where the base's texts have that and `text` does not.
+    """
+    ids = self.encode(text)
+    bos_id = self.bos_id if self.template.names.get('begins_with_bos') else None
+    return ids if bos_id is None or ids[:1] == [bos_id] else [bos_id, *ids]
+
   def encode_plain(self, text: str) -> list[int]:
     """Ids of untrusted text: none of them is special, whatever the text says.
 

@@ -136,7 +136,7 @@ class AdapterBank:
       if a.shape[-1] > self._rank:
         raise UserError(
           f'{name}: has rank {a.shape[-1]} in {path}, and slots have {self._rank}; start with '
-          f'--rank={a.shape[-1]}'
+          f'--max_rank={a.shape[-1]}'
         )
       if m is not None and not self._dora:
         raise UserError(f'{name}: has magnitudes (DoRA), and slots have none; start with --dora')

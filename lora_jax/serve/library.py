@@ -19,6 +19,10 @@ from lora_jax.hub.peft_config import CONFIG
 _LISTED = 5
 
 
+class UnknownAdapterError(UserError):
+  """There is no adapter of this name."""
+
+
 class Sized(Protocol):
   """What takes memory."""
 
@@ -75,12 +79,12 @@ class Library(Generic[Held]):
     """The adapter of a name.
 
     Raises:
-      UserError: there is none.
+      UnknownAdapterError: there is none.
     """
     found = self._listed.get(name)
     if found is None:
       some = [*self.names[:_LISTED], *(['...'] if len(self.names) > _LISTED else [])]
-      raise UserError(f'no adapter {name!r}; there are {", ".join(some) or "none"}')
+      raise UnknownAdapterError(f'no adapter {name!r}; there are {", ".join(some) or "none"}')
     return found
 
   def add(self, name: str, directory: str) -> Listing:
@@ -107,7 +111,7 @@ class Library(Generic[Held]):
     """Lists an adapter no longer; its files stay, and who has found it may still fetch it.
 
     Raises:
-      UserError: there is none.
+      UnknownAdapterError: there is none.
     """
     listing = self.find(name)
     self._listed.pop(name, None)

@@ -21,6 +21,10 @@ from lora_jax.serve.engine import Engine
 Result = TypeVar('Result')
 
 
+class StoppedError(UserError):
+  """Nothing is answered any more."""
+
+
 class Runner:
   """Steps an engine while there is something to answer.
 
@@ -54,7 +58,8 @@ class Runner:
     """As `Engine.submit`; `deliver` is called on the engine's thread.
 
     Raises:
-      UserError: as there, or nothing is answered any more.
+      UserError: as there.
+      StoppedError: nothing is answered any more.
     """
     answer = self._engine.prepare(request, deliver)
     self._call(lambda: self._engine.enqueue(answer))
@@ -92,7 +97,8 @@ class Runner:
     """As `Engine.unload`.
 
     Raises:
-      UserError: as there, or nothing is answered any more.
+      UserError: as there.
+      StoppedError: nothing is answered any more.
     """
     self._result(lambda: self._engine.unload(name))
 
@@ -130,7 +136,7 @@ class Runner:
   def _call(self, call: Callable[[], None]) -> None:
     with self._wake:
       if self._over:
-        raise UserError('the server stops; ask again when it runs')
+        raise StoppedError('the server stops; ask again when it runs')
       self._calls.append(call)
       self._wake.notify()
 
