@@ -25,14 +25,14 @@ _KEYS_VARIABLE = 'LORA_JAX_API_KEYS'
 
 _ADAPTERS = flags.DEFINE_string('adapters', None, 'Directory of adapters; none: the base alone.')
 _HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on; 0.0.0.0: all.')
-_PORT = flags.DEFINE_integer('port', 8000, '0: one that is free.')
+_PORT = flags.DEFINE_integer('port', 8000, '0: one that is free.', 0, 65535)
 _ROWS = flags.DEFINE_integer('rows', 16, 'Requests that are answered at the same time.')
 _LENGTH = flags.DEFINE_integer('max_length', 1024, 'Tokens of a prompt and its answer together.')
 _SLOTS = flags.DEFINE_integer('slots', 16, 'Adapters on the device.')
 _RANK = flags.DEFINE_integer('max_rank', 16, 'The largest of an adapter.')
 _TARGETS = flags.DEFINE_string('targets', 'all', 'Modules that an adapter may adapt.')
 _DORA = flags.DEFINE_bool('dora', False, 'Take adapters with magnitudes.')
-_HOST_MB = flags.DEFINE_integer('host_mb', 1024, 'Of adapters in host memory, ready for a slot.')
+_HOST_MB = flags.DEFINE_integer('host_mb', 1024, 'Of adapters in host memory, for a slot.', 0)
 _API_KEY = flags.DEFINE_multi_string(
   'api_key', [], f'One that requests may come with; repeat for more. Also: {_KEYS_VARIABLE}=A,B.'
 )
@@ -40,7 +40,7 @@ _API_KEY_FILE = flags.DEFINE_string('api_key_file', None, 'Of more keys, one a l
 _BODY = flags.DEFINE_integer('max_body', 2**20, 'Bytes of a request.')
 _QUEUE = flags.DEFINE_integer('max_queue', 256, 'Answers that wait for a row; then 503.')
 _RATE = flags.DEFINE_integer('rate', 0, 'Requests a minute of a key or address; 0: any number.')
-_DRAIN = flags.DEFINE_integer('drain_seconds', 60, 'How long the end waits for answers.')
+_DRAIN = flags.DEFINE_integer('drain_seconds', 60, 'How long the end waits for answers.', 0)
 _flags.define_base(Settings().base)
 
 
@@ -48,10 +48,6 @@ def main() -> None:
   """Checks everything that can be checked, then serves until a signal."""
   if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
     raise UserError(f'serving needs {", ".join(missing)}: pip install -e .[serve]')
-  if _DRAIN.value < 0:
-    raise UserError(f'--drain_seconds={_DRAIN.value}: give a number from zero')
-  if _HOST_MB.value < 0:
-    raise UserError(f'--host_mb={_HOST_MB.value}: give a number from zero')
   if _ADAPTERS.value is not None and not Path(_ADAPTERS.value).expanduser().is_dir():
     raise UserError(f'--adapters={_ADAPTERS.value}: no such directory; give one of adapters')
   # They take seconds to import, and a mistake above should not.
@@ -136,7 +132,7 @@ def _bound() -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(at)
-  except (OSError, OverflowError) as error:
+  except OSError as error:
     raise UserError(f'{address}: {error}; give another') from error
   return sock
 

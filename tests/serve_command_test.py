@@ -38,6 +38,7 @@ def test_a_package_that_is_missing_is_named():
 
 
 def test_mistakes_are_told_before_a_base_is_loaded(tmp_path):
+  assert 'flag --port=65536' in refused('--port=65536')
   assert 'no such directory' in refused(f'--adapters={tmp_path / "nowhere"}')
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
