@@ -62,6 +62,14 @@ def slow(server, monkeypatch):
   monkeypatch.setattr(server.engine, 'step', lambda: (time.sleep(0.02), step()))
 
 
+def as_sent(body, size=None):
+  """A request for a text as it goes over the wire; `size` is what it says its length is."""
+  said = json.dumps(body)
+  head = ('POST /v1/completions HTTP/1.1', 'Host: x', f'Authorization: Bearer {KEY}')
+  head += ('Content-Type: application/json', f'Content-Length: {size or len(said)}')
+  return '\r\n'.join((*head, '', said)).encode()
+
+
 def chunks(stream):
   return [chunk.choices[0] for chunk in stream if chunk.choices]
 
@@ -114,6 +122,8 @@ def test_several_prompts_and_several_answers_to_each(client, known):
   assert [(choice.index, choice.text) for choice in held.choices] == [
     (0, said), (1, said), (2, told), (3, told),
   ]  # fmt: skip
+  read, said_of = len(one) + len(other), 4 * served.NEW
+  assert (held.usage.prompt_tokens, held.usage.completion_tokens) == (read, said_of)
   texts = dict.fromkeys(range(4), '')
   for choice in chunks(client.completions.create(**ask, stream=True)):
     texts[choice.index] += choice.text
@@ -183,10 +193,13 @@ def test_who_leaves_frees_a_row_and_a_slot(server, client, raw):
   stream.close()
   assert server.is_free()
   # The same for one who waits for a whole answer, and for one who waits for a row.
-  with pytest.raises(httpx2.ReadTimeout):
-    raw.post('/v1/completions', json=ask | {'n': 6}, timeout=0.5)
+  with socket.create_connection(('127.0.0.1', server.port)) as sock:
+    sock.sendall(as_sent(ask | {'n': CONFIG.rows + 2}))
+    while server.engine.counts.waiting != 2:
+      time.sleep(0.01)
+    assert server.engine.counts.seated == CONFIG.rows
   assert server.is_free()
-  assert count() == before + 7
+  assert count() == before + 1 + CONFIG.rows + 2
 
 
 def test_what_is_wrong_is_said_with_its_status(server, raw):
@@ -230,14 +243,13 @@ def test_what_is_wrong_is_said_with_its_status(server, raw):
 
 
 def test_what_is_no_request_at_all_harms_nobody(server, raw):
-  head = f'POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n'
-  head += 'Content-Type: application/json\r\n'
-  for said in ('\x00\xff' * 50, 'GET / HTTP/9\r\n\r\n', f'{head}Content-Length: 500\r\n\r\n{{"mod'):
+  cut = as_sent({'model': BASE, 'prompt': [5]})[:-5]
+  for said in (b'\x00\xff' * 50, b'GET / HTTP/9\r\n\r\n', cut):
     with socket.create_connection(('127.0.0.1', server.port)) as sock:
-      sock.sendall(said.encode('latin-1'))
+      sock.sendall(said)
   # 100 MB are neither read into memory nor waited for.
   with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', server.port)) as sock:
-    sock.sendall(f'{head}Content-Length: {10**8}\r\n\r\n'.encode())
+    sock.sendall(as_sent({}, size=10**8))
     sock.sendall(b'x' * 10**6)
     assert sock.recv(100).startswith(b'HTTP/1.1 413')
   assert raw.get('/health').json() == {'status': 'ok'}
@@ -247,11 +259,8 @@ def test_what_is_no_request_at_all_harms_nobody(server, raw):
 
 @pytest.mark.usefixtures('slow')
 def test_a_client_that_reads_slowly_holds_up_nobody(server, raw):
-  body = json.dumps({'model': BASE, 'prompt': [5], 'max_tokens': 150, 'stream': True})
-  head = f'POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n'
-  head += f'Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n'
   with socket.create_connection(('127.0.0.1', server.port)) as sock:
-    sock.sendall((head + body).encode())
+    sock.sendall(as_sent({'model': BASE, 'prompt': [5], 'max_tokens': 150, 'stream': True}))
     ask = {'model': 'all', 'prompt': [5], 'max_tokens': 2}
     assert raw.post('/v1/completions', json=ask).status_code == 200
     # It reads nothing, and the engine is done with it all the same.

@@ -183,7 +183,7 @@ class Answering:
     await asyncio.to_thread(inbox.submit, requests)
     # What fails before anything is said still has a status of its own.
     first = await _heard(inbox, watch)
-    saying = self._saying(body.model)
+    saying = self._saying(body.model, body.n or 1)
     if body.stream:
       stream = _events(saying, body, inbox, first, watch)
       headers = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}

@@ -14,9 +14,14 @@ class Saying:
 
   _prefix, _whole, _chunk = 'cmpl', 'text_completion', 'text_completion'
 
-  def __init__(self, model: str):
-    """Gives it a name; `model` as it was asked for."""
-    self._model = model
+  def __init__(self, model: str, each: int):
+    """Gives it a name.
+
+    Args:
+      model: as it was asked for.
+      each: how many answers in a row are to one prompt.
+    """
+    self._model, self._each = model, each
     self._id = f'{self._prefix}-{secrets.token_hex(12)}'
     self._created = int(time.time())
 
@@ -26,7 +31,7 @@ class Saying:
       {'index': i, **self._said(answer.text), 'logprobs': None, 'finish_reason': answer.finish}
       for i, answer in enumerate(answers)
     ]
-    return {**self._head(self._whole), 'choices': choices, 'usage': usage(answers)}
+    return {**self._head(self._whole), 'choices': choices, 'usage': self._usage(answers)}
 
   def opening(self, count: int) -> Iterator[dict[str, Any]]:
     """What comes before anything is said."""
@@ -38,7 +43,12 @@ class Saying:
 
   def closing(self, answers: Sequence[Answer]) -> dict[str, Any]:
     """How many tokens there were, where that was asked for."""
-    return {**self._head(self._chunk), 'choices': [], 'usage': usage(answers)}
+    return {**self._head(self._chunk), 'choices': [], 'usage': self._usage(answers)}
+
+  def _usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+    read = sum(len(answer.request.prompt) for answer in answers[:: self._each])
+    said = sum(len(answer.ids) for answer in answers)
+    return {'prompt_tokens': read, 'completion_tokens': said, 'total_tokens': read + said}
 
   def _choice(self, index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
     choice = {'index': index, **said, 'logprobs': None, 'finish_reason': finish}
@@ -68,13 +78,6 @@ class ChatSaying(Saying):
 
   def _piece(self, text: str) -> dict[str, Any]:
     return {'delta': {'content': text} if text else {}}
-
-
-def usage(answers: Sequence[Answer]) -> dict[str, int]:
-  """How many tokens were read and said; prompts that are the same count each time."""
-  read = sum(len(answer.request.prompt) for answer in answers)
-  said = sum(len(answer.ids) for answer in answers)
-  return {'prompt_tokens': read, 'completion_tokens': said, 'total_tokens': read + said}
 
 
 def model_card(name: str, created: int, length: int, base: str | None = None) -> dict[str, Any]:
