@@ -246,16 +246,15 @@ def options_from_flags(values: dict[str, Any]) -> Options:
 
 
 if __name__ == '__main__':
-  _COUNT = {'lower_bound': 1}
   _FLAGS = {
     'base': flags.DEFINE_string('base', 'smollm2-135m-instruct', 'As in experiments.'),
     'targets': flags.DEFINE_multi_string('targets', ['o_proj', 'o_proj,fc2'], 'Sets to serve.'),
-    'rank': flags.DEFINE_integer('rank', 16, 'Of the adapters.', **_COUNT),
-    'rows': flags.DEFINE_integer('rows', 16, 'Requests, each with its own adapter.', **_COUNT),
+    'rank': flags.DEFINE_integer('rank', 16, 'Of the adapters.', lower_bound=1),
+    'rows': flags.DEFINE_integer('rows', 16, 'Requests, each with its own adapter.', lower_bound=1),
     'slots': flags.DEFINE_list('slots', ['4', '256'], 'Slots of engines beside each other.'),
-    'prompt_tokens': flags.DEFINE_integer('prompt_tokens', 32, 'Of each request.', **_COUNT),
-    'new_tokens': flags.DEFINE_integer('new_tokens', 32, 'Of each answer.', **_COUNT),
-    'turns': flags.DEFINE_integer('turns', 5, 'Runs of each, after one to warm up.', **_COUNT),
+    'prompt_tokens': flags.DEFINE_integer('prompt_tokens', 32, 'Of each request.', lower_bound=1),
+    'new_tokens': flags.DEFINE_integer('new_tokens', 32, 'Of each answer.', lower_bound=1),
+    'turns': flags.DEFINE_integer('turns', 5, 'Runs of each, after one to warm up.', lower_bound=1),
     'dtype': flags.DEFINE_enum('dtype', 'float32', DTYPES, 'Of our side.'),
     'peer_dtypes': flags.DEFINE_list('peer_dtypes', ['float32'], 'Of PEFT; none: it is left out.'),
   }

@@ -15,9 +15,10 @@ from lora_jax.errors import UserError
 from lora_jax.hub import peft
 from lora_jax.programs import Programs
 from lora_jax.sampling import GREEDY, Sampling
+from lora_jax.serve import engine as engine_module
 from lora_jax.serve.answer import Request
 from lora_jax.serve.engine import Engine
-from lora_jax.serve.rows import Rows, Seat, decode, read_prompt
+from lora_jax.serve.rows import Rows, Seat, decode, read_prompts
 from lora_jax.text_stream import Until
 
 NAMES = [*KINDS, 'all.1', 'dora.1', 'ragged.1', 'o_proj.1']
@@ -64,6 +65,28 @@ def test_rows_of_a_mixed_batch_are_answered_as_alone_and_merged(engine, requests
     assert answer.ids == requests[i][1], requests[i][0]
     assert answer.finish == 'length'
   assert len({tuple(ids) for _, ids in requests}) > 0.9 * len(requests)
+
+
+def test_prompts_of_a_length_that_come_together_are_read_together(engine, requests, monkeypatch):
+  shapes = []
+
+  def noted(*arguments):
+    shapes.append(arguments[-2].shape)
+    return read_prompts(*arguments)
+
+  monkeypatch.setattr(engine_module, 'read_prompts', noted)
+  short = [found for found in requests if len(found[0].prompt) <= CONFIG.shortest]
+  (long,) = [f for f in requests if len(f[0].prompt) == LONGEST and f[0].adapter == 'all']
+  for count, expected in ((4, [(4, 8)]), (3, [(4, 8)]), (1, [(1, 8)])):
+    shapes.clear()
+    answers = ask(engine, *(request for request, _ in short[:count]))
+    assert [answer.ids for answer in answers] == [ids for _, ids in short[:count]]
+    assert shapes == expected
+  shapes.clear()
+  answers = ask(engine, *(request for request, _ in (short[0], long, short[1])))
+  assert [answer.ids for answer in answers] == [short[0][1], long[1], short[1][1]]
+  # No more is read in a step than one row holds.
+  assert shapes == [(1, 8), (1, 32), (1, 8)]
 
 
 def test_hundreds_of_steps_compile_nothing_and_leave_nothing_behind(engine, requests):
@@ -284,13 +307,16 @@ def test_an_adapter_that_is_unloaded_is_still_answered_with(tmp_path, requests):
 
 
 def test_a_step_copies_no_cache(warm, optimised):
-  """Both programs take less beside their arguments than the cache that they write to."""
+  """All programs take less beside their arguments than the cache that they write to."""
   rows = jax.eval_shape(lambda: Rows.empty(MODEL.config, CONFIG.rows, 4096, MODEL.dtype))
   cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows.kv))
   state = (*warm._program, rows, warm._tokens_B)
-  prompt_1T = np.zeros((1, CONFIG.shortest), np.int32)
-  seat = Seat.of(0, NONE, 1, GREEDY)
-  for lowered in (decode.lower(*state, 4096), read_prompt.lower(*state, prompt_1T, seat)):
+  programs = [decode.lower(*state, 4096)]
+  for count in (1, CONFIG.rows):
+    prompts_PT = np.zeros((count, CONFIG.shortest), np.int32)
+    seats = jax.tree.map(lambda *leaves: np.stack(leaves), *[Seat.of(0, NONE, 1, GREEDY)] * count)
+    programs.append(read_prompts.lower(*state, prompts_PT, seats))
+  for lowered in programs:
     held = lowered.compile().memory_analysis()
     assert held.alias_size_in_bytes >= cache
     assert held.temp_size_in_bytes < cache / 2

@@ -4,6 +4,9 @@ import dataclasses
 
 from lora_jax.errors import UserError
 
+# Prompts that are read together: what all must wait for, and each is one more write.
+_TOGETHER = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
@@ -13,7 +16,7 @@ class ServeConfig:
     rows: requests that are answered at the same time.
     length: tokens of a prompt and its answer together; each row has a cache of so many.
     shortest: prompts are padded to this times a power of two, up to `length`, and caches
-      read as far: for each such length there are two programs.
+      read as far: for each such length there are a few programs.
     slots: adapters on the device.
     rank: the largest of an adapter.
     targets: comma-joined set of the modules that an adapter may adapt.
@@ -52,3 +55,7 @@ class ServeConfig:
   def padded(self, count: int) -> int:
     """The least of `lengths` that has room for `count` tokens, at most `length`."""
     return next(length for length in self.lengths if length >= count)
+
+  def together(self, length: int) -> int:
+    """How many prompts of a padded length are read in one program, where so many have come."""
+    return min(self.rows, max(1, self.length // length), _TOGETHER)

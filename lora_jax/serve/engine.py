@@ -7,14 +7,15 @@
     engine.step()
   print(answer.text)
 
-Requests come and go at any step (continuous batching). A prompt is read alone, padded to one
-of few lengths; then every step gives each row its next token, in one program for all of
-them, whatever their adapters and however they are sampled. After `warm_up` nothing is
-compiled. An engine is used by one thread, as `runner` has it; `prepare` by any.
+Requests come and go at any step (continuous batching). Prompts are padded to one of few
+lengths, and those of one length that come together are read together; then every step gives
+each row its next token, in one program for all of them, whatever their adapters and however
+they are sampled. After `warm_up` nothing is compiled. An engine is used by one thread, as
+`runner` has it; `prepare` by any.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lora_jax.serve.answer import Answer, Request
 from lora_jax.serve.bank import AdapterBank, Updates
 from lora_jax.serve.config import ServeConfig
 from lora_jax.serve.library import Library
-from lora_jax.serve.rows import Rows, Seat, decode, read_prompt
+from lora_jax.serve.rows import Rows, Seat, decode, read_prompts
 from lora_jax.serve.schedule import Schedule
 from lora_jax.serve.slots import Slots
 from lora_jax.transformer import Transformer, head_kernel
@@ -104,7 +105,9 @@ class Engine:
     """Compiles every program; only while nothing is answered."""
     self.bank.warm_up()
     for length in self.config.lengths:
-      self._read_prompt([0], length, Seat.of(0, NONE, 1, GREEDY))
+      one = ([0], Seat.of(0, NONE, 1, GREEDY))
+      for count in {1, self.config.together(length)}:
+        self._read_prompts(length, [one] * count)
       self._decode(length)
     jax.block_until_ready(self._tokens_B)
 
@@ -193,10 +196,18 @@ class Engine:
 
   def step(self) -> None:
     """Seats who can be seated, and gives each who sits their next token."""
+    of_length: dict[int, list[tuple[Sequence[int], Seat]]] = {}
     for answer, row, slot in self._schedule.seat(self._acquire):
-      prompt, sampling = answer.request.prompt, answer.request.sampling
-      self._read_prompt(prompt, answer.cost, Seat.of(row, slot, len(prompt), sampling))
+      prompt = answer.request.prompt
+      seat = Seat.of(row, slot, len(prompt), answer.request.sampling)
+      of_length.setdefault(answer.cost, []).append((prompt, seat))
       self._prompt_tokens += len(prompt)
+    for length, those in of_length.items():
+      most = self.config.together(length)
+      for at in range(0, len(those), most):
+        some = those[at : at + most]
+        # One alone has a program of its own; of more, the last fills up.
+        self._read_prompts(length, some + [some[-1]] * (most - len(some) if len(some) > 1 else 0))
     seated, tokens_B = self._schedule.seated, self._tokens_B
     # What follows the tokens at hand is begun before they are looked at, so that the device
     # does not wait for the host.
@@ -242,11 +253,13 @@ class Engine:
   def _read(self, directory: Path) -> Updates:
     return self.bank.fit(peft.load(directory, self._params), directory.name)
 
-  def _read_prompt(self, prompt: Any, length: int, seat: Seat) -> None:
-    prompt_1T = np.zeros((1, length), np.int32)
-    prompt_1T[0, : len(prompt)] = prompt
+  def _read_prompts(self, length: int, those: Sequence[tuple[Sequence[int], Seat]]) -> None:
+    prompts_PT = np.zeros((len(those), length), np.int32)
+    for padded_T, (prompt, _) in zip(prompts_PT, those, strict=True):
+      padded_T[: len(prompt)] = prompt
+    seats = jax.tree.map(lambda *leaves: np.stack(leaves), *(seat for _, seat in those))
     state = (self._rows, self._tokens_B)
-    self._rows, self._tokens_B = read_prompt(*self._program, *state, prompt_1T, seat)
+    self._rows, self._tokens_B = read_prompts(*self._program, *state, prompts_PT, seats)
 
   def _decode(self, reach: int) -> None:
     state = (self._rows, self._tokens_B, self.config.padded(reach))

@@ -61,7 +61,7 @@ class Rows:
 
 @flax.struct.dataclass
 class Seat:
-  """Where a request goes, and how it is answered: scalars.
+  """Where a request goes, and how it is answered: scalars, or (P,) of several requests.
 
   Attributes:
     row: of the request.
@@ -93,17 +93,17 @@ class Seat:
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='rows')
-def read_prompt(
+def read_prompts(
   model: Transformer,
   params: Params,
   banks: Mapping[str, Bank],
   head: Kernel,
   rows: Rows,
   tokens_B: jax.Array,
-  prompt_1T: jax.Array,
-  seat: Seat,
+  prompts_PT: jax.Array,
+  seats: Seat,
 ) -> tuple[Rows, jax.Array]:
-  """Seats a request in a row and chooses its first token.
+  """Seats requests in rows and chooses their first tokens.
 
   Args:
     model: the Transformer.
@@ -112,34 +112,37 @@ def read_prompt(
     head: from `head_kernel`.
     rows: all rows, which are given up.
     tokens_B: the token that each row goes on from.
-    prompt_1T: token ids, padded on the right; T is at most what a row has room for.
-    seat: where, and how.
+    prompts_PT: token ids, padded on the right; T is at most what a row has room for.
+    seats: where, and how, (P,); one that is there twice has the same prompt each time.
 
   Returns:
     All rows, and what they go on from.
   """
-  attached = attach(params, banks, seat.slot[None])
   kv: Any
-  hidden_1TD, kv = model.apply({'params': attached}, prompt_1T)
-  last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, seat.length - 1, axis=1, keepdims=False)
-  draw = Draw(jax.random.key(seat.seed), seat.temperature, seat.top_p, seat.top_k)
-  one = jax.tree.map(lambda leaf: leaf[None], draw)
-  token_1 = choose_rows(logits(model, last_1D, head), seat.length[None], one)
-  put = lambda old_B, new: old_B.at[seat.row].set(new)
+  hidden_PTD, kv = model.apply({'params': attach(params, banks, seats.slot)}, prompts_PT)
+  last_PD = hidden_PTD[jnp.arange(len(prompts_PT)), seats.length - 1]
+  keys_P = jax.vmap(jax.random.key)(seats.seed)
+  draws = Draw(keys_P, seats.temperature, seats.top_p, seats.top_k)
+  tokens_P = choose_rows(logits(model, last_PD, head), seats.length, draws)
+  put = lambda old_B, new_P: old_B.at[seats.row].set(new_P)
 
   def whole(old: jax.Array, new: jax.Array) -> jax.Array:
+    layers, _, heads, length, dim = new.shape
     # What the row held before has weight 0, but if an adapter overflowed, 0 times infinity.
-    left = old.shape[3] - new.shape[3]
-    new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, left), (0, 0)))
-    return jax.lax.dynamic_update_slice(old, new, (0, seat.row, 0, 0, 0))
+    nothing = jnp.zeros((layers, 1, heads, old.shape[3] - length, dim), old.dtype)
+    # Slice by slice, which is done in place; they are few.
+    for i, row in enumerate(seats.row):
+      old = jax.lax.dynamic_update_slice(old, new[:, i : i + 1], (0, row, 0, 0, 0))
+      old = jax.lax.dynamic_update_slice(old, nothing, (0, row, 0, length, 0))
+    return old
 
   rows = Rows(
     jax.tree.map(whole, rows.kv, kv),
-    put(rows.positions_B, seat.length),
-    put(rows.slots_B, seat.slot),
-    jax.tree.map(put, rows.draws, draw),
+    put(rows.positions_B, seats.length),
+    put(rows.slots_B, seats.slot),
+    jax.tree.map(put, rows.draws, draws),
   )
-  return rows, put(tokens_B, token_1[0])
+  return rows, put(tokens_B, tokens_P)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'reach'), donate_argnames='rows')
@@ -155,7 +158,7 @@ def decode(
   """Reads a token in every row and chooses the next.
 
   Args:
-    model: the Transformer; the next five are as in `read_prompt`.
+    model: the Transformer; the next five are as in `read_prompts`.
     params: the base.
     banks: of an `AdapterBank`.
     head: from `head_kernel`.
