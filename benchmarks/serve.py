@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.box
 import rich.table
@@ -41,6 +42,8 @@ from lora_jax.transformer import Transformer
 
 # As an adapter's first steps leave it: what it adds is small, and its rows differ.
 _NOISE = 0.02
+# Times the tokens of a request that a row has room for.
+_ROOM = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +100,14 @@ def start(
   length = options.prompt_tokens + options.new_tokens
   config = ServeConfig(
     rows=options.rows,
-    length=length,
-    shortest=length,
+    # As in a server, there is room for more, so that short prompts are read together.
+    length=_ROOM * length,
+    shortest=options.prompt_tokens,
     slots=slots,
     rank=options.rank,
     targets=targets,
   )
-  model = Transformer(base.config, dtype=options.dtype)
+  model = Transformer(base.config, dtype=jnp.dtype(options.dtype))
   engine = Engine(model, params, tokenizer, config, directory)
   engine.warm_up()
   return engine
