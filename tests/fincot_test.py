@@ -103,6 +103,21 @@ def test_the_last_marked_answer_counts():
   assert TASK.score('2 + 3 =\n5', example) == {'accuracy': 1, 'answered': 0}
 
 
+@pytest.mark.parametrize(
+  ('said', 'right'),
+  [
+    ('Sales rose from 2018 to 2019 by 20 %.', 1),
+    ('Sales were 12.\n\nThe change is therefore 0.20.', 1),
+    ('20 / 60 = 0.20. 20 / 60 = 0.20', 0),
+    ('It is 20 % of 60.', 0),
+    ('The share is 20 %. This follows from the table.', 0),
+    ('', 0),
+  ],
+)
+def test_without_a_marker_the_last_sentence_may_give_one_number(said, right):
+  assert TASK.score(said, row(20, 'percent')) == {'accuracy': right, 'answered': 0}
+
+
 def test_reference_without_an_answer_field():
   example = row(None, None, 'The change from 2018 to 2019 was 12.5%.')
   assert TASK.target(example).endswith('The answer is The change from 2018 to 2019 was 12.5%.')

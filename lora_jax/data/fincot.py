@@ -8,10 +8,11 @@ Final_response. Optional: answer (a number, a text or a list of texts) and scale
 import re
 
 from lora_jax.data import synthetic_statements
-from lora_jax.data.numbers import UNITS, Quantity, read_quantity, same_quantity
+from lora_jax.data.numbers import UNITS, Quantity, only_quantity, read_quantity, same_quantity
 from lora_jax.data.task import Example, Prompt, Task
 
 _MARKER = re.compile(r'answer\s*(?:is|:)\s*:?', re.IGNORECASE)
+_SENTENCE_END = re.compile(r'(?<=[.!?])\s+|\n+')
 
 
 def _split_question(text: str) -> tuple[str, str]:
@@ -45,15 +46,25 @@ def _target(example: Example) -> str:
   return f'{reasoning}\n{final}.' if reasoning else f'{final}.'
 
 
-def _said(text: str) -> str:
-  """What a text gives as its answer: the rest of the line after the last marker.
-
-  Without a marker it is the last line, so that a base that never saw the form is not
-  wrong for the form alone.
-  """
+def _said(text: str) -> str | None:
+  """What a text gives as its answer: the rest of the line after the last marker, if any."""
   *before, last = _MARKER.split(text.replace('*', ''))
   lines = last.strip().splitlines() or ['']
-  return (lines[0] if before else lines[-1]).strip()
+  return lines[0].strip() if before else None
+
+
+def _number(text: str) -> Quantity | None:
+  """The amount that a text gives as its answer.
+
+  Without a marker it is that of the last sentence, so that a base that never saw the form is
+  not wrong for the form alone; but of a sentence with several, as a chain that was never
+  brought to an end has, it is none.
+  """
+  said = _said(text)
+  if said is not None:
+    return read_quantity(said)
+  *_, last = _SENTENCE_END.split(text.replace('*', '').strip())
+  return only_quantity(last)
 
 
 def _scale(example: Example) -> str:
@@ -66,7 +77,7 @@ def _scale(example: Example) -> str:
 def _reference(example: Example) -> Quantity | str:
   answer, scale = example.get('answer'), _scale(example)
   if answer is None:
-    said = _said(_target(example))
+    said = _said(_target(example)) or ''
     return read_quantity(said) or said
   texts = [str(item) for item in (answer if isinstance(answer, list) else [answer])]
   if len(texts) == 1:
@@ -83,14 +94,13 @@ def _plain(text: str) -> str:
 
 
 def _score(prediction: str, example: Example) -> dict[str, float]:
-  marked = _MARKER.search(prediction.replace('*', '')) is not None
-  reference = _reference(example)
+  said, reference = _said(prediction), _reference(example)
   if isinstance(reference, str):
-    right = marked and _plain(_said(prediction)) == _plain(reference)
+    right = said is not None and _plain(said) == _plain(reference)
   else:
-    said = read_quantity(_said(prediction))
-    right = said is not None and same_quantity(said, reference)
-  return {'accuracy': float(right), 'answered': float(marked)}
+    number = _number(prediction)
+    right = number is not None and same_quantity(number, reference)
+  return {'accuracy': float(right), 'answered': float(said is not None)}
 
 
 TASK = Task(
@@ -115,6 +125,7 @@ TASK = Task(
   note=(
     'A number counts when it equals the reference to the precision of the coarser of the two '
     'and within 1 %, with its unit; an answer in words counts when equal up to case, '
-    'punctuation and articles.'
+    'punctuation and articles. A generation without "the answer is" still counts where its '
+    'last sentence gives one number, years aside.'
   ),
 )

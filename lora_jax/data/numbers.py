@@ -60,12 +60,34 @@ def read_quantity(text: str, whole: bool = False) -> Quantity | None:
     rest = text[: first.start()] + text[first.end() :]
     if len(found) > 1 or re.search(r'\w', rest):
       return None
-  marked = [match for match in found if match['unit'] or match['late'] or match['currency']]
-  chosen = first if opens else (marked or found)[-1]
-  value = Decimal(chosen['digits'].replace(',', ''))
-  bracketed = bool(chosen['close']) and bool(chosen['open'] or chosen['inner'] == '(')
-  dashed = bool(chosen['sign']) or chosen['inner'] not in (None, '(')
-  unit = (chosen['unit'] or chosen['late'] or '').lower()
+  marked = [match for match in found if _is_marked(match)]
+  return _quantity(first if opens else (marked or found)[-1])
+
+
+def only_quantity(text: str) -> Quantity | None:
+  """The amount that a sentence gives where it gives no other, years aside, or None.
+
+  >>> only_quantity('From 2018 to 2019 sales rose by 12.5 %.')
+  Quantity(value=Decimal('12.5'), unit='percent')
+  >>> only_quantity('20 / 60 = 0.33')
+  """
+  found = [match for match in _NUMBER.finditer(text) if not _is_year(match)]
+  return _quantity(found[0]) if len(found) == 1 else None
+
+
+def _is_marked(match: re.Match[str]) -> bool:
+  return bool(match['unit'] or match['late'] or match['currency'])
+
+
+def _is_year(match: re.Match[str]) -> bool:
+  return not _is_marked(match) and re.fullmatch(r'(19|20)\d\d', match['digits']) is not None
+
+
+def _quantity(match: re.Match[str]) -> Quantity:
+  value = Decimal(match['digits'].replace(',', ''))
+  bracketed = bool(match['close']) and bool(match['open'] or match['inner'] == '(')
+  dashed = bool(match['sign']) or match['inner'] not in (None, '(')
+  unit = (match['unit'] or match['late'] or '').lower()
   return Quantity(-value if bracketed or dashed else value, _SPELLINGS.get(unit, unit))
 
 
