@@ -45,12 +45,26 @@ def test_medmcqa_letters(said, right):
     ('## Final Answer\nA. Mars', 0),
     ('## Final Answer\nA\n## Final Answer\nB', 1),
     ('## Final Answer\nVenus', 0),
+    ('## Final Answer\nB. Venus', 0),
+    ('## Final Answer\nB. Mars, for its rust', 1),
+    ('## Final Answer\n\n### **B. Mars**', 1),
     ('## Final Answer\n', 0),
     ('B. Mars', 0),
   ],
 )
 def test_medreason_final_answers(said, right):
   assert medreason.TASK.score(said, EXAMPLE)['accuracy'] == right
+
+
+@pytest.mark.parametrize('said', ['B. Mars', '## Final Answer\n', '## Final Answer\n\n## Thinking'])
+def test_medreason_without_a_final_answer(said):
+  assert medreason.TASK.score(said, EXAMPLE) == {'accuracy': 0, 'answered': 0}
+
+
+@pytest.mark.parametrize('answer', ['', ' ', 'Explanation: it is red.'])
+def test_medreason_an_empty_answer_is_refused(answer):
+  with pytest.raises(ValueError, match='answer is empty'):
+    medreason.TASK.target({**EXAMPLE, 'answer': answer})
 
 
 def test_medreason_target_follows_the_template_without_the_explanation():

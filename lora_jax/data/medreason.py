@@ -11,7 +11,8 @@ from lora_jax.data import synthetic_medicine
 from lora_jax.data.task import Example, Prompt, Task
 
 _OPTION = re.compile(r'^\s*\(?([A-J])[.):]\s*(.+?)\s*$', re.MULTILINE)
-_FINAL = re.compile(r'#*\s*final answer[\s:*#]*', re.IGNORECASE)
+_FINAL = re.compile(r'#*\s*final answer[ \t:*#]*', re.IGNORECASE)
+_HEADING = re.compile(r'\W*thinking\W*', re.IGNORECASE)
 _LETTER = re.compile(r'\W*([A-J])(?:[.):]|\W*$)')
 
 
@@ -47,19 +48,30 @@ def _prompt(example: Example) -> Prompt:
 
 def _target(example: Example) -> str:
   letter, text = _answer(example)
+  if not text:
+    raise ValueError('answer is empty')
   answer = f'{letter}. {text}' if letter else text
   return f'## Thinking\n\n{example["reasoning"].strip()}\n\n## Final Answer\n\n{answer}'
 
 
+def _said(text: str) -> str:
+  """The line under the last "Final Answer"; '' where there is none, or another heading."""
+  *before, last = _FINAL.split(text)
+  lines = last.strip().splitlines() if before else []
+  return lines[0].strip() if lines and not _HEADING.fullmatch(lines[0]) else ''
+
+
 def _score(prediction: str, example: Example) -> dict[str, float]:
-  *_, said = _FINAL.split(prediction)
-  if said == prediction or not said.strip():
+  said = _said(prediction)
+  if not said:
     return {'accuracy': 0.0, 'answered': 0.0}
-  said = said.strip().splitlines()[0]
   letter, text = _answer(example)
   spoken = _LETTER.match(said)
   if letter and spoken:
-    right = spoken[1] == letter
+    others = [option for other, option in _options(example).items() if other != letter]
+    # A letter decides, unless the text beside it is another option's.
+    contradicted = _plain(said[spoken.end() :]) in map(_plain, others)
+    right = spoken[1] == letter and not contradicted
   else:
     right = _plain(said) == _plain(text.splitlines()[0])
   return {'accuracy': float(right), 'answered': 1.0}
@@ -83,5 +95,8 @@ TASK = Task(
   headline='accuracy',
   synthetic=synthetic_medicine.reasoning_rows,
   max_new_tokens=320,
-  note='A generation without a "Final Answer" counts as wrong.',
+  note=(
+    'A generation without a "Final Answer" counts as wrong, and so does the right letter beside '
+    "another option's text."
+  ),
 )
