@@ -43,8 +43,11 @@ def exit_on_user_error() -> Iterator[None]:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)
   except Exception as error:
+    # What `Path.expanduser` raises is no OSError.
+    if isinstance(error, RuntimeError) and 'home directory' in str(error):
+      _exit('a path begins with "~" and a name that has no home directory here; give it in full')
     # XLA's word; its own class would cost every launcher the import of JAX.
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     _exit(
       'out of memory; lower --tokens_per_batch, --batch_rows, --max_length or --rank, '

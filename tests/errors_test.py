@@ -1,5 +1,7 @@
 """What a user can mend is one line and an exit code; what is a fault of ours stays one."""
 
+from pathlib import Path
+
 import pytest
 
 from lora_jax.errors import UserError, exit_on_user_error
@@ -29,8 +31,18 @@ def test_a_mistake_is_one_line_and_code_2(error, says, capsys):
   assert leave(error, capsys) == (2, says)
 
 
-def test_no_memory_left_says_what_to_lower(capsys):
-  code, said = leave(RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating'), capsys)
+def test_a_home_that_does_not_exist_is_one_line(capsys):
+  with pytest.raises(SystemExit) as left, exit_on_user_error():
+    Path('~no_such_user/x').expanduser()
+  assert left.value.code == 2
+  assert capsys.readouterr().err.startswith('error: a path begins with "~"')
+
+
+@pytest.mark.parametrize(
+  'error', [RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating'), MemoryError()]
+)
+def test_no_memory_left_says_what_to_lower(error, capsys):
+  code, said = leave(error, capsys)
   assert code == 2
   assert said.startswith('error: out of memory; lower --tokens_per_batch')
   assert len(said.splitlines()) == 1
