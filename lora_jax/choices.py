@@ -95,7 +95,7 @@ def next_log_probs(
   model: Transformer, params: Mapping[str, Any], arrays: Mapping[str, Any], ends_E: jax.Array
 ) -> jax.Array:
   """Log probabilities (E, V) of the token after each prompt of a batch."""
-  return _next_log_probs(model, params, head_kernel(model, params), 1, arrays, ends_E)
+  return _next_log_probs(model, params, head_kernel(model, params, ends_E.size), 1, arrays, ends_E)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -107,7 +107,7 @@ def next_log_probs_pack(
   ends_E: jax.Array,
 ) -> jax.Array:
   """As `next_log_probs`, for all cells of a pack: (C, E, V)."""
-  head = head_kernel(model, base)
+  head = head_kernel(model, base, pack.cells * ends_E.size)
   one = lambda params: _next_log_probs(model, params, head, pack.cells, arrays, ends_E)
   return pack.over_cells(base)(one)
 

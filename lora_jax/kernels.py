@@ -23,7 +23,17 @@ import jax.numpy as jnp
 from lora_jax.bank_kernel import BankKernel, add_updates
 from lora_jax.quantized import QuantizedKernel, frozen_product
 
-Kernel: TypeAlias = 'jax.Array | QuantizedKernel | LoraKernel | BankKernel'
+Kernel: TypeAlias = 'jax.Array | QuantizedKernel | TableKernel | LoraKernel | BankKernel'
+
+
+@flax.struct.dataclass
+class TableKernel:
+  """A table of embeddings as the kernel of a tied head: (out, in), multiplied as it lies.
+
+  As an array it would be a transposed view, of which loops make a copy.
+  """
+
+  table: jax.Array
 
 
 @flax.struct.dataclass
@@ -64,7 +74,7 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
 
   Args:
     x: activations, (..., in).
-    kernel: an array, a quantised kernel, a `LoraKernel`, whose adapters are cast to
+    kernel: an array, a quantised kernel, a `TableKernel`, a `LoraKernel`, whose adapters are cast to
       the dtype of `x` for the product while they and their gradients stay float32, or a
       `BankKernel`, which has an adapter for each entry of the first axis of `x`.
     dtype: what the sums are kept in; None: rounded to the dtype of `x`.
@@ -77,6 +87,8 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
   if isinstance(kernel, BankKernel):
     return add_updates(dot(x, kernel.w, dtype), x, kernel, dtype or x.dtype)
   product = functools.partial(jnp.matmul, preferred_element_type=dtype or x.dtype)
+  if isinstance(kernel, TableKernel):
+    return product(x, kernel.table.astype(x.dtype).T)
   if not isinstance(kernel, LoraKernel):
     return product(x, kernel.astype(x.dtype))
   if x.ndim > 2:
@@ -159,6 +171,8 @@ def dense(kernel: Kernel, dtype: jax.typing.DTypeLike) -> jax.Array:
     raise TypeError('a bank of adapters is no one matrix')
   if isinstance(kernel, QuantizedKernel):
     return kernel.dequantize(dtype)
+  if isinstance(kernel, TableKernel):
+    return kernel.table.astype(dtype).T
   if not isinstance(kernel, LoraKernel):
     return kernel.astype(dtype)
   # An adapter from elsewhere may be stored in bfloat16, and its product is not to be.

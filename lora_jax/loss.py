@@ -2,12 +2,13 @@
 
 A vocabulary of 49,152 is a third of a small model's work. Completions are a few
 positions among many, so positions with a target are moved to the front and the
-head runs over them a chunk at a time, for as many chunks as there are: the shapes,
-and with them the compiled program, are the same whatever the batch holds. The head
-is frozen, so the gradient of a chunk's hidden states is taken while its logits are
+head runs over them a chunk at a time, for as many chunks as there are, and over part
+of the last one where it holds few: the shapes, and with them the compiled program, are
+the same whatever the batch holds. The head is frozen, so the gradient of a chunk's hidden states is taken while its logits are
 at hand, and no logits outlive their chunk.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 CHUNK = 256
+# Of a chunk with few targets, the head runs over the first so many positions.
+_FEW = (32, 64, 128)
 
 # hidden (C, D) -> float32 logits (C, V)
 Head = Callable[[jax.Array], jax.Array]
@@ -26,9 +29,9 @@ def token_losses(logits_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(logits_CV, axis=-1) - picked_C
 
 
-def chunks_in_use(weights_BT: np.ndarray, chunk: int) -> int:
-  """How many chunks the positions with a target fill."""
-  return -(-int(np.count_nonzero(weights_BT)) // chunk)
+def with_target(weights_BT: np.ndarray) -> int:
+  """How many positions have a target."""
+  return int(np.count_nonzero(weights_BT))
 
 
 def completion_loss(
@@ -37,7 +40,7 @@ def completion_loss(
   targets_BT: jax.Array,
   weights_BT: jax.Array,
   chunk: int = CHUNK,
-  chunks: jax.Array | None = None,
+  in_use: jax.Array | None = None,
 ) -> jax.Array:
   """Weighted sum of negative log likelihoods; divide by the sum of weights for the mean.
 
@@ -50,8 +53,8 @@ def completion_loss(
     targets_BT: the token that each position should predict.
     weights_BT: float32 weight of each position; 0 where there is no target.
     chunk: positions per evaluation of the head.
-    chunks: evaluations of it, at least `chunks_in_use`; None: counted here. Under `vmap`
-      a count of each one's own would make every one of them pay for all positions.
+    in_use: for how many positions it is evaluated, at least `with_target`; None: counted
+      here. Under `vmap` a count of each one's own would make every one of them pay for all.
 
   Returns:
     A float32 scalar, in nats.
@@ -66,28 +69,33 @@ def completion_loss(
   by_chunk = lambda x: x[order_P].reshape(padded // chunk, chunk, *x.shape[1:])
   targets_NC = by_chunk(pad(targets_BT.reshape(-1)))
   weights_NC = by_chunk(pad(weights_BT.reshape(-1)))
-  if chunks is None:
-    chunks = -(-jnp.sum(weights_BT != 0) // chunk)
-  used_N = jnp.arange(padded // chunk) < chunks
+  if in_use is None:
+    in_use = jnp.sum(weights_BT != 0)
+  sizes = [0, *(few for few in _FEW if few < chunk), chunk]
+  left_N = jnp.clip(in_use - chunk * jnp.arange(padded // chunk), 0, chunk)
+  # The smallest that holds what is left.
+  size_N = jnp.searchsorted(jnp.asarray(sizes), left_N)
 
   def walk(hidden_BTD, with_gradient):
     flat_PD = jnp.pad(hidden_BTD.reshape(-1, depth), ((0, padded - count), (0, 0)))
 
-    def evaluate(hidden_CD, targets_C, weights_C):
-      chunk_loss = lambda h_CD: jnp.vdot(token_losses(head(h_CD), targets_C), weights_C)
-      if with_gradient:
-        return jax.value_and_grad(chunk_loss)(hidden_CD)
-      return chunk_loss(hidden_CD), None
+    def on_first(size, hidden_CD, targets_C, weights_C):
+      if not size:
+        return jnp.float32(0), jnp.zeros_like(hidden_CD) if with_gradient else None
+      chunk_loss = lambda h: jnp.vdot(token_losses(head(h), targets_C[:size]), weights_C[:size])
+      if not with_gradient:
+        return chunk_loss(hidden_CD[:size]), None
+      loss, gradient = jax.value_and_grad(chunk_loss)(hidden_CD[:size])
+      return loss, jnp.pad(gradient, ((0, chunk - size), (0, 0)))
 
-    def skip(hidden_CD, targets_C, weights_C):
-      return jnp.float32(0), jnp.zeros_like(hidden_CD) if with_gradient else None
+    branches = [functools.partial(on_first, size) for size in sizes]
 
     def body(total, one):
-      used, *of_chunk = one
-      loss, gradient_CD = jax.lax.cond(used, evaluate, skip, *of_chunk)
+      size, *of_chunk = one
+      loss, gradient_CD = jax.lax.switch(size, branches, *of_chunk)
       return total + loss, gradient_CD
 
-    chunked = (used_N, by_chunk(flat_PD), targets_NC, weights_NC)
+    chunked = (size_N, by_chunk(flat_PD), targets_NC, weights_NC)
     total, gradient_NCD = jax.lax.scan(body, jnp.float32(0), chunked)
     if gradient_NCD is None:
       return total, None

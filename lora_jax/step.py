@@ -20,7 +20,7 @@ import optax
 from lora_jax import lora, packs
 from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.data.pipeline import Batch, BatchShape
-from lora_jax.loss import CHUNK, chunks_in_use, completion_loss
+from lora_jax.loss import CHUNK, completion_loss, with_target
 from lora_jax.optim import Hyper, optimizer
 from lora_jax.parts import part_rows
 from lora_jax.self_attention import SelfAttention
@@ -101,9 +101,8 @@ def stack_batches(batches: Sequence[Batch], positions: int = 0) -> dict[str, Any
   together = part_rows(rows, length, cells, positions)
   parted = lambda x: x.reshape(cells, rows // together, together, *x.shape[2:])
   whole = {name: parted(x) for name, x in packs.stack(list(batches)).items()}
-  chunk, weights = _chunk(cells), whole['weights']
-  in_use = [[chunks_in_use(part, chunk) for part in of_cell] for of_cell in weights]
-  return {**whole, 'chunks': np.max(in_use, axis=0).astype(np.int32)}
+  in_use = [[with_target(part) for part in of_cell] for of_cell in whole['weights']]
+  return {**whole, 'in_use': np.max(in_use, axis=0).astype(np.int32)}
 
 
 def batch_loss(
@@ -128,7 +127,7 @@ def batch_loss(
   kernel = head_kernel(model, base)
   head = lambda hidden_CD: logits(model, hidden_CD, kernel, model.dtype)
   total = completion_loss(
-    head, hidden_BTD, batch['targets'], batch['weights'], chunk, batch.get('chunks')
+    head, hidden_BTD, batch['targets'], batch['weights'], chunk, batch.get('in_use')
   )
   return total, batch['weights'].sum()
 
@@ -206,11 +205,11 @@ def make_evaluation(
   return mean
 
 
-# The count of chunks is one for all cells, so that what it decides stays a branch.
+# How much the head sees is one for all cells, so that what it decides stays a branch.
 _BATCH_AXES = {
   **dict.fromkeys(('tokens', 'targets', 'weights', 'positions', 'segments'), 0),
   **dict.fromkeys(('features', 'slots'), 0),
-  'chunks': None,
+  'in_use': None,
 }
 
 

@@ -27,6 +27,7 @@ logits, so that a loss on few positions does not pay for the vocabulary on all.
   logits_BTV = model.apply({'params': params}, hidden_BTD, method='head')
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,13 +40,13 @@ import numpy as np
 from lora_jax import rotary
 from lora_jax.attention import attend, causal_mask, softcap
 from lora_jax.config import ModelConfig
-from lora_jax.kernels import Kernel, dot
+from lora_jax.kernels import Kernel, TableKernel, dot
 from lora_jax.layers import ACTIVATIONS, Dense
 from lora_jax.self_attention import SelfAttention
 from lora_jax.vision import CHANNELS, Connector, Features, VisionTower
 
-# As many rows or fewer are few to a matrix product on a CPU.
-_FEW_ROWS = 64
+# Of a table of embeddings multiplied as it lies, a CPU makes the most of between so many rows.
+_AS_IT_LIES = {'float32': (9, math.inf), 'bfloat16': (2, 64)}
 
 
 @flax.struct.dataclass
@@ -335,11 +336,11 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def head_kernel(model: Transformer, params: Mapping[str, Any], rows: int | None = None) -> Kernel:
-  """The head as a kernel (D, V), laid out once for many products.
+  """The head as a kernel (D, V), as it is best laid out for many products.
 
-  A tied table is (V, D) and the product wants (D, V). Left to itself the compiler
-  multiplies by the transposed view each time, which on a CPU is several times slower for
-  hundreds of rows, and twice as fast for a few (BUILD_NOTES.md, Speed).
+  A tied table is (V, D) and the product wants (D, V). Turning it is a copy, and multiplying it
+  as it lies is as fast on a CPU for some numbers of rows and several times slower for others
+  (BUILD_NOTES.md, Speed).
 
   Args:
     model: the Transformer.
@@ -348,10 +349,11 @@ def head_kernel(model: Transformer, params: Mapping[str, Any], rows: int | None 
   """
   if not model.config.tie_embeddings:
     return params['lm_head']['kernel']
-  table_DV = params['embed_tokens']['embedding'].astype(model.dtype).T
-  if rows is not None and 1 < rows <= _FEW_ROWS:
-    return table_DV
-  return jax.lax.optimization_barrier(table_DV)
+  table_VD = params['embed_tokens']['embedding'].astype(model.dtype)
+  least, most = _AS_IT_LIES.get(jnp.dtype(model.dtype).name, _AS_IT_LIES['bfloat16'])
+  if least <= (math.inf if rows is None else rows) <= most:
+    return TableKernel(table_VD)
+  return jax.lax.optimization_barrier(table_VD.T)
 
 
 def logits(

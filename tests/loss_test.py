@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.loss import chunks_in_use, completion_loss, token_losses
+from lora_jax.loss import completion_loss, token_losses, with_target
 
 BATCH, TIME, DEPTH, VOCAB = 3, 17, 8, 29
 
@@ -91,10 +91,10 @@ def test_vmap_equals_each_alone():
 
 def test_vmap_with_one_count_for_all_equals_each_alone():
   many = [draw(seed, share) for seed, share in enumerate([0.1, 0.6, 0.0, 0.4])]
-  chunks = max(chunks_in_use(weights, 7) for *_, weights in many)
-  assert 0 < chunks < -(-BATCH * TIME // 7)
+  in_use = max(with_target(weights) for *_, weights in many)
+  assert 0 < in_use < BATCH * TIME - 7
   stacked = [jnp.stack(leaves) for leaves in zip(*many, strict=True)]
-  one = lambda *given: completion_loss(head, *given, chunk=7, chunks=chunks)
+  one = lambda *given: completion_loss(head, *given, chunk=7, in_use=in_use)
   losses, gradients = jax.jit(jax.vmap(jax.value_and_grad(one)))(*stacked)
   for i, given in enumerate(many):
     assert_same((losses[i], gradients[i]), compiled(plain)(*given))
@@ -109,12 +109,31 @@ def test_the_head_runs_on_no_more_chunks_than_are_in_use():
     return head(hidden_CD)
 
   stack = lambda x: jnp.stack([x, x])
-  chunks = chunks_in_use(weights, 3)
-  one = lambda *given: completion_loss(counted, *given, chunk=3, chunks=jnp.int32(chunks))
+  in_use = with_target(weights)
+  one = lambda *given: completion_loss(counted, *given, chunk=3, in_use=jnp.int32(in_use))
   jax.block_until_ready(jax.vmap(one)(stack(hidden), stack(targets), stack(weights)))
   jax.effects_barrier()
   # Once for both.
-  assert len(ran) == chunks < BATCH * TIME // 3
+  assert len(ran) == -(-in_use // 3) < BATCH * TIME // 3
+
+
+@pytest.mark.parametrize(('targets', 'rows'), [(0, 0), (1, 32), (32, 32), (33, 64), (70, 128)])
+def test_the_head_runs_on_part_of_a_chunk_with_few_targets(targets, rows):
+  ran = []
+
+  def counted(hidden):
+    jax.debug.callback(lambda: ran.append(hidden.shape[0]))
+    return head(hidden)
+
+  random = np.random.default_rng(0)
+  hidden_BTD = jnp.asarray(random.standard_normal((1, 300, DEPTH)), jnp.float32)
+  weights_BT = np.zeros((1, 300), np.float32)
+  weights_BT[0, random.permutation(300)[:targets]] = 1
+  given = hidden_BTD, jnp.asarray(random.integers(0, VOCAB, (1, 300))), jnp.asarray(weights_BT)
+  result = jax.value_and_grad(lambda *given: completion_loss(counted, *given))(*given)
+  jax.effects_barrier()
+  assert {*ran} == ({rows} if rows else set())
+  assert_same(result, compiled(plain)(*given))
 
 
 def test_bfloat16_hidden_states_give_a_float32_loss_and_bfloat16_gradients():

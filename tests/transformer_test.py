@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 from tiny_model import CONFIG, MODEL
 
+from lora_jax.kernels import dense
 from lora_jax.rotary import frequencies, rotate
 from lora_jax.self_attention import SelfAttention
 from lora_jax.transformer import (
@@ -194,7 +195,7 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_to_it(tied):
     model.apply({'params': params}, hidden, method='head'),
     logits(model, hidden, head_kernel(model, params)),
   ):
-    exact = hidden.astype(jnp.float32) @ head_kernel(model, params).astype(jnp.float32)
+    exact = hidden.astype(jnp.float32) @ dense(head_kernel(model, params), jnp.float32)
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
 
 
@@ -206,13 +207,14 @@ def test_abstract_parameters_are_those_of_init(tied):
   assert ('lm_head' in shapes) is not tied
 
 
+@pytest.mark.parametrize('rows', [None, 5, 50])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 @pytest.mark.parametrize('tied', [True, False])
-def test_the_head_laid_out_once_equals_the_head(tied, dtype):
+def test_the_head_laid_out_once_equals_the_head(tied, dtype, rows):
   config = dataclasses.replace(CONFIG, tie_embeddings=tied)
   model, params = Transformer(config, dtype=jnp.dtype(dtype)), tiny_model.params(config)
   hidden_BD = jnp.asarray(np.random.default_rng(0).standard_normal((5, CONFIG.model_dim)), dtype)
   expected = model.apply({'params': params}, hidden_BD, method='head')
-  ours = logits(model, hidden_BD, head_kernel(model, params))
+  ours = logits(model, hidden_BD, head_kernel(model, params, rows))
   assert ours.dtype == expected.dtype == jnp.float32
   np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
