@@ -74,9 +74,9 @@ def dot(x: jax.Array, kernel: Kernel, dtype: jax.typing.DTypeLike | None = None)
 
   Args:
     x: activations, (..., in).
-    kernel: an array, a quantised kernel, a `TableKernel`, a `LoraKernel`, whose adapters are cast to
-      the dtype of `x` for the product while they and their gradients stay float32, or a
-      `BankKernel`, which has an adapter for each entry of the first axis of `x`.
+    kernel: an array, a quantised kernel, a `TableKernel`, a `LoraKernel`, whose adapters are
+      cast to the dtype of `x` for the product while they and their gradients stay float32, or
+      a `BankKernel`, which has an adapter for each entry of the first axis of `x`.
     dtype: what the sums are kept in; None: rounded to the dtype of `x`.
 
   Returns:

@@ -4,8 +4,8 @@ A vocabulary of 49,152 is a third of a small model's work. Completions are a few
 positions among many, so positions with a target are moved to the front and the
 head runs over them a chunk at a time, for as many chunks as there are, and over part
 of the last one where it holds few: the shapes, and with them the compiled program, are
-the same whatever the batch holds. The head is frozen, so the gradient of a chunk's hidden states is taken while its logits are
-at hand, and no logits outlive their chunk.
+the same whatever the batch holds. The head is frozen, so the gradient of a chunk's
+hidden states is taken while its logits are at hand, and no logits outlive their chunk.
 """
 
 import functools
