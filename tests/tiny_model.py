@@ -28,7 +28,9 @@ RANK, SCALE = 4, 2.0
 def params(config=CONFIG):
   """Random parameters whose norms are not all one."""
   shift = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-  return jax.jit(lambda key: jax.tree.map(shift, init_params(config, key)))(jax.random.key(0))
+  # What is kept must not belong to the program that happens to be traced at the first call.
+  with jax.ensure_compile_time_eval():
+    return jax.jit(lambda key: jax.tree.map(shift, init_params(config, key)))(jax.random.key(0))
 
 
 def trained_adapters(targets, seed=0, of=None):
