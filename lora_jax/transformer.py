@@ -36,6 +36,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import rotary
 from lora_jax.attention import attend, causal_mask, softcap
@@ -127,6 +128,10 @@ class Layer:
     return cls(window, frequencies_h, magnitude)
 
 
+# Of a feed-forward network, what is kept for the backward pass.
+_KEPT = ('gate', 'up')
+
+
 class RMSNorm(nn.Module):
   """Root-mean-square normalisation (Zhang and Sennrich 2019), in float32.
 
@@ -200,10 +205,22 @@ class Mlp(nn.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     c = self.config
     dense = lambda features, name: Dense(features, use_bias=c.mlp_bias, name=name)
-    gate_BTF = dense(c.mlp_dim, 'gate_proj')(x_BTD)
-    up_BTF = dense(c.mlp_dim, 'up_proj')(x_BTD)
+    gate_BTF = checkpoint_name(dense(c.mlp_dim, 'gate_proj')(x_BTD), _KEPT[0])
+    up_BTF = checkpoint_name(dense(c.mlp_dim, 'up_proj')(x_BTD), _KEPT[1])
     hidden_BTF = ACTIVATIONS[c.activation](gate_BTF) * up_BTF
     return dense(c.model_dim, 'down_proj')(hidden_BTF)
+
+
+def _normed_mlp(config: ModelConfig, norm: str, x_BTD: jax.Array) -> jax.Array:
+  """The feed-forward network of what it is given normalised, within the module that calls it.
+
+  Of its insides only the two large products are kept for the backward pass: all else is cheap
+  to compute again, and would be most of what a block keeps (BUILD_NOTES.md, Speed).
+  """
+  work = lambda mlp, normalise, x: mlp(normalise(x))
+  kept = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+  remat = nn.remat(work, prevent_cse=False, policy=kept)
+  return remat(Mlp(config, name='mlp'), _norm(config, norm), x_BTD)
 
 
 class Block(nn.Module):
@@ -225,10 +242,9 @@ class Block(nn.Module):
     attn_BTD, new_kv = attend(normed, layer, positions_BT, segments_BT, past)
     if not c.post_norms:
       x_BTD = x_BTD + attn_BTD
-      normed = _norm(c, 'post_attention_layernorm')(x_BTD)
-      return x_BTD + Mlp(c, name='mlp')(normed), new_kv
+      return x_BTD + _normed_mlp(c, 'post_attention_layernorm', x_BTD), new_kv
     x_BTD = x_BTD + _norm(c, 'post_attention_layernorm')(attn_BTD)
-    mlp_BTD = Mlp(c, name='mlp')(_norm(c, 'pre_feedforward_layernorm')(x_BTD))
+    mlp_BTD = _normed_mlp(c, 'pre_feedforward_layernorm', x_BTD)
     return x_BTD + _norm(c, 'post_feedforward_layernorm')(mlp_BTD), new_kv
 
 
