@@ -8,7 +8,6 @@ and a longer grid keeps what a shorter one computed.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,8 @@ from lora_jax.grid import Trainer
 from lora_jax.hub.base import Base
 from lora_jax.presets import EQUAL_RANK, Settings
 from lora_jax.programs import Programs
-from lora_jax.records import Cell, RunDirectory, read_json, versions, write_json
+from lora_jax.provenance import Provenance
+from lora_jax.records import Cell, RunDirectory, read_json, write_json
 from lora_jax.sight import Sight
 from lora_jax.targets import is_sight
 from lora_jax.task_rows import TaskRows
@@ -88,6 +88,7 @@ class Study:
     self._settings = settings
     self._base = base
     self._source = source
+    self._provenance = Provenance(base, source)
     self._run = run
     self._cache_dir = cache_dir
     dtype = jnp.dtype(settings.train.dtype)
@@ -133,8 +134,7 @@ class Study:
       for task in grid.tasks:
         for cell in unfinished[task.name]:
           if task.name not in rows:
-            record = {'status': 'needs vision', **self._provenance(task, None)}
-            self._run.write_cell(cell, record)
+            self._run.write_cell(cell, {'status': 'needs vision', **self._about(task, None)})
           elif cell.targets == 'base':
             self._score_base(task, cell, rows[task.name])
       # Arms apart: in a union tree every cell pays for the highest rank of each module.
@@ -208,13 +208,8 @@ class Study:
       for targets in grid.targets
       for seed in grid.seeds
     ]
-    made_from = self._made_from(task)
+    made_from = self._provenance.made_from(task)
     return [cell for cell in cells if not self._run.finished(cell, made_from)]
-
-  def _made_from(self, task: Task) -> dict[str, str]:
-    """What a task's scores depend on beside the settings, in short."""
-    rows = hashlib.sha256(self._source.fingerprint(task).encode()).hexdigest()
-    return {'rows': rows, 'base': self._base.record['sha256']}
 
   def _score_base(self, task: Task, cell: Cell, rows: TaskRows) -> None:
     scores = score_task(
@@ -224,13 +219,13 @@ class Study:
       self._settings.eval.batch_rows,
       what=f'score {task.name} base',
     )
-    self._write_scores(cell, f'{task.name} base', self._provenance(task, rows), scores)
+    self._write_scores(cell, f'{task.name} base', self._about(task, rows), scores)
 
   def _choose_rates(self, cells: Sequence['_GridCell'], shape: BatchShape) -> None:
     """Tries the learning rates where none was chosen; what the best one trained is kept."""
     first: dict[Cell, _GridCell] = {}
     for cell in cells if self._rates.rates else ():
-      if self._rates.chosen(cell.cell, self._made_from(cell.rows.task)) is None:
+      if self._rates.chosen(cell.cell, self._provenance.made_from(cell.rows.task)) is None:
         first.setdefault(dataclasses.replace(cell.cell, seed=0), cell)
     with contextlib.ExitStack() as files:
       by_job = {self._job(cell, files): cell for cell in first.values()}
@@ -240,7 +235,7 @@ class Study:
         print(f'{cell.label}: {choice}', file=sys.stderr)
         if outcome is not None:
           self._keep_trained(cell, outcome)
-        self._rates.keep(cell.cell, self._made_from(cell.rows.task), choice)
+        self._rates.keep(cell.cell, self._provenance.made_from(cell.rows.task), choice)
 
   def _train_and_score(self, cells: Sequence['_GridCell'], shape: BatchShape) -> None:
     """Runs cells of one shape of batches; records are written as soon as a wave is scored."""
@@ -255,7 +250,7 @@ class Study:
           cell = cells[jobs.index(wave.jobs[place])]
           if isinstance(outcome, DivergedError):
             print(f'{cell.label}: {outcome}', file=sys.stderr)
-            record = self._provenance(cell.rows.task, cell.rows, cell.cell)
+            record = self._about(cell.rows.task, cell.rows, cell.cell)
             self._run.write_cell(cell.cell, {**record, 'status': 'diverged', 'why': str(outcome)})
           else:
             self._keep_trained(cell, outcome)
@@ -283,7 +278,7 @@ class Study:
   def _write_trained(
     self, cell: '_GridCell', adapters: Any, how: Mapping[str, Any], scores: Scores
   ) -> None:
-    record = self._provenance(cell.rows.task, cell.rows, cell.cell)
+    record = self._about(cell.rows.task, cell.rows, cell.cell)
     sized = self._sized(cell.cell.targets, cell.cell.arm)
     plan = lora_family.plan(sized.config, adapters)
     summary = lora.summarise(adapters, plan.ranks)
@@ -296,7 +291,7 @@ class Study:
     """Puts an adapter on disk, and how it came about, until its record says so."""
     file = self._run.cell_file(cell.cell)
     checkpoint.save(file.with_suffix('.adapter'), outcome.adapters)
-    held = {'provenance': self._made_from(cell.rows.task), 'train': outcome.record()}
+    held = {'provenance': self._provenance.made_from(cell.rows.task), 'train': outcome.record()}
     write_json(file.with_suffix(_TRAINED), held)
 
   def _score_trained(self, cell: '_GridCell') -> bool:
@@ -307,7 +302,7 @@ class Study:
       adapters = checkpoint.load(file.with_suffix('.adapter'))
     except UserError:
       return False
-    if held['provenance'] != self._made_from(cell.rows.task):
+    if held['provenance'] != self._provenance.made_from(cell.rows.task):
       return False
     config = self._sized(cell.cell.targets, cell.cell.arm).config
     scales = lora_family.plan(config, adapters).scales()
@@ -345,9 +340,7 @@ class Study:
     self._run.write_cell(cell, record, said)
     print(f'{label}: {scores.headline} {scores.means[scores.headline]:.1f}', file=sys.stderr)
 
-  def _provenance(
-    self, task: Task, rows: TaskRows | None, cell: Cell | None = None
-  ) -> dict[str, Any]:
+  def _about(self, task: Task, rows: TaskRows | None, cell: Cell | None = None) -> dict[str, Any]:
     """What a record says of how it came about; with a cell, of that cell's own adapter."""
     settings, choice = self._settings, None
     if cell is not None:
@@ -357,16 +350,7 @@ class Study:
     return {
       **({'rates': choice.record()} if choice else {}),
       'settings': dataclasses.asdict(settings),
-      'base': self._base.record,
-      'provenance': self._made_from(task),
-      'rows': {
-        'source': self._source.kind,
-        'title': task.title,
-        'description': self._source.describe(task),
-        'note': self._note(task),
-        **({} if rows is None else rows.counts()),
-      },
-      'versions': versions(),
+      **self._provenance.record(task, self._note(task), {} if rows is None else rows.counts()),
     }
 
   def _time_targets(self, grid: Grid) -> None:
