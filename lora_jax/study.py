@@ -28,7 +28,7 @@ from lora_jax.grid import Trainer
 from lora_jax.hub.base import Base
 from lora_jax.presets import EQUAL_RANK, Settings
 from lora_jax.programs import Programs
-from lora_jax.provenance import Provenance
+from lora_jax.provenance import Provenance, once
 from lora_jax.records import Cell, RunDirectory, read_json, write_json
 from lora_jax.sight import Sight
 from lora_jax.targets import is_sight
@@ -87,8 +87,8 @@ class Study:
     """
     self._settings = settings
     self._base = base
-    self._source = source
-    self._provenance = Provenance(base, source)
+    self._source = once(source)
+    self._provenance = Provenance(base, self._source)
     self._run = run
     self._cache_dir = cache_dir
     dtype = jnp.dtype(settings.train.dtype)
