@@ -3,8 +3,8 @@
   python -m benchmarks.grid_side --record=FILE.json -- --targets=o_proj --datasets=medmcqa ...
 
 Runs `experiments.ablate` with the arguments after `--` and writes FILE.json when it ends:
-seconds in training and in scoring (all that runs under a progress display of that name, its
-compilation included), programs compiled, and peak memory.
+seconds in scoring (all that runs under progress displays of that name, its compilation
+included), programs compiled, and peak memory. What training took is in the cells' records.
 """
 
 import json
@@ -65,7 +65,6 @@ def run(arguments: list[str]) -> dict[str, Any]:
       code = end.code
   return {
     'exit_code': code,
-    'train_seconds': phases.seconds.get('train', 0.0),
     'score_seconds': phases.seconds.get('score', 0.0),
     'programs': programs.count,
     'compiler_seconds': programs.seconds,

@@ -8,6 +8,7 @@ says that it takes.
 """
 
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Trainer:
     """
     for group in self._kinds(jobs):
       union = packs.union([self._shapes(job) for job in group])
-      waiting, done = [*group], 0
+      waiting, done, start = [*group], 0, time.perf_counter()
       cells = self._cells(waiting, shape, union)
       while waiting:
         chosen = waiting[:cells]
@@ -71,6 +72,8 @@ class Trainer:
             what if len(group) == 1 else f'{what}, {_place(done, chosen)} of {len(group)}',
             step=self._step(wave, shape),
             evaluate=self._evaluation(cells, shape),
+            # What was compiled to see how many cells fit, or ran out of memory, is its cost too.
+            start=start,
           )
         except jax.errors.JaxRuntimeError as error:
           if 'RESOURCE_EXHAUSTED' not in str(error) or cells == 1:
@@ -80,6 +83,7 @@ class Trainer:
           continue
         waiting, done = waiting[cells:], done + len(chosen)
         yield wave, outcomes
+        start = time.perf_counter()
 
   def _kinds(self, jobs: Sequence[TrainJob]) -> list[list[TrainJob]]:
     """Jobs that can share a union tree, together."""

@@ -66,7 +66,7 @@ class Outcome:
     completion_tokens: those of them with a loss.
     examples: rows seen, counted each time.
     cells: how many cells trained together.
-    seconds: this cell's share of the time of the loop, compilation included.
+    seconds: this cell's share of the time of its wave, compilation included.
     compile_seconds: its share of the time until the first step had ended.
     eval_seconds: its share of the time spent on the rows kept out.
     bad_steps: updates left out because they were not finite.
@@ -202,6 +202,7 @@ def train_wave(
   stop: Callable[[], bool] = lambda: False,
   step: Callable | None = None,
   evaluate: Callable | None = None,
+  start: float | None = None,
 ) -> list[Outcome | DivergedError]:
   """Trains cells together, each as it would train alone.
 
@@ -217,6 +218,8 @@ def train_wave(
     stop: asked before each step; where it says so, all end there.
     step: from `make_step`, compiled or not; None: made here.
     evaluate: from `make_evaluation`; None: made here.
+    start: when work on the wave began, by `time.perf_counter`; None: now. Until the first step
+      has ended it counts as compilation.
 
   Returns:
     For each job its outcome, or why there is none.
@@ -228,7 +231,8 @@ def train_wave(
   streams = [job.batches() for job in jobs]
   watched = _watched(jobs, wave.cells, config.positions)
   latest: list[Batch] = [{}] * len(jobs)
-  start, compile_seconds, eval_seconds = time.perf_counter(), 0.0, 0.0
+  start = time.perf_counter() if start is None else start
+  compile_seconds, eval_seconds = 0.0, 0.0
 
   still_running = lambda: [cell for cell, track in enumerate(tracks) if track.stopped is None]
 

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -129,6 +130,27 @@ def test_what_runs_out_of_memory_goes_on_with_fewer_cells(monkeypatch, capsys):
   assert 'out of memory; 1 cells at a time' in capsys.readouterr().err
   for cell, outcome in zip(cells, outcomes, strict=True):
     assert_same(outcome, alone(job(*cell), CONFIG))
+
+
+def test_compiling_a_step_ahead_is_part_of_its_waves_time(monkeypatch):
+  def slow(trainer, wave, shape):
+    if not trainer._steps:
+      time.sleep(1.0)
+    return compiled(trainer, wave, shape)
+
+  compiled = Trainer._step
+  monkeypatch.setattr(Trainer, '_step', slow)
+  # Room for sizing a wave by its program, as on an accelerator.
+  monkeypatch.setattr(packs, 'free_bytes', lambda: 2**40)
+  begun = time.perf_counter()
+  outcomes, sizes = trained([job('o_proj', seed) for seed in range(3)], cells=2)
+  taken = time.perf_counter() - begun
+  assert sizes == [(2, 2), (1, 2)]
+  compiling = [outcome.compile_seconds for outcome in outcomes]
+  # A cell's share of it, and none for the wave that finds the program compiled.
+  assert compiling[0] == compiling[1] > 0.5 > compiling[2]
+  assert all(outcome.seconds > outcome.compile_seconds for outcome in outcomes)
+  assert sum(outcome.seconds for outcome in outcomes) <= taken
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
