@@ -12,7 +12,8 @@ from typing import Any
 
 from lora_jax.file_scores import FileRows, FileScores, Line
 from lora_jax.hub.base import Base
-from lora_jax.records import FORMAT, versions, write_json, write_text
+from lora_jax.records import FORMAT, write_json, write_text
+from lora_jax.versions import versions
 
 
 def write(

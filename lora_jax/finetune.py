@@ -31,18 +31,12 @@ from lora_jax.hub import peft
 from lora_jax.hub.adapters import ADAPTER
 from lora_jax.hub.base import Base
 from lora_jax.presets import OWN_ROWS
-from lora_jax.records import (
-  FORMAT,
-  RunDirectory,
-  check_new,
-  new_directory,
-  versions,
-  write_json,
-)
+from lora_jax.records import FORMAT, RunDirectory, check_new, new_directory, write_json
 from lora_jax.step import for_batches
 from lora_jax.tracking import open_trackers
 from lora_jax.train import DivergedError, Outcome, TrainJob, train
 from lora_jax.transformer import Transformer
+from lora_jax.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lora_jax.data.sources import Source
 from lora_jax.data.task import Task
 from lora_jax.errors import UserError
 from lora_jax.hub.base import Base
-from lora_jax.records import versions
+from lora_jax.versions import versions
 
 
 def once(source: Source) -> Source:

@@ -15,10 +15,8 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import urllib.parse
 import weakref
@@ -29,8 +27,6 @@ from typing import Any, BinaryIO, TextIO
 from lora_jax.errors import UserError
 
 FORMAT = 1
-
-_PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'numpy')
 
 # What file systems over a network say that have no locks; there, take turns yourself.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -191,14 +187,6 @@ def _holds_all(record: Mapping[str, Any]) -> bool:
   return (
     bool(rows) and all(needed <= {*row} for row in rows) and {'means', 'unfinished'} <= {*scores}
   )
-
-
-def versions() -> dict[str, str]:
-  """Versions of what a result depends on."""
-  import jax  # readers of records do without
-
-  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  return {'python': platform.python_version(), 'device': jax.devices()[0].device_kind, **found}
 
 
 class RunDirectory:

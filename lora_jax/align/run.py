@@ -36,12 +36,12 @@ from lora_jax.records import (
   RunDirectory,
   new_directory,
   read_json,
-  versions,
   write_bytes,
   write_json,
   write_text,
 )
 from lora_jax.tracking import json_lines
+from lora_jax.versions import versions
 
 BASE, SIGHT, RECIPE = 'base', 'sight.safetensors', 'recipe.json'
 METRICS = 'metrics.jsonl'
