@@ -71,8 +71,8 @@ class Provenance:
   """Where the scores of one base on one source's rows come from."""
 
   def __init__(self, base: Base, source: Source):
-    """Reads nothing yet."""
-    self._base, self._source = base, source
+    """Takes the versions, which what is installed or checked out may no longer be at the end."""
+    self._base, self._source, self._versions = base, source, versions()
 
   def made_from(self, task: Task) -> dict[str, str]:
     """What a task's scores depend on beside the settings, in short."""
@@ -97,5 +97,5 @@ class Provenance:
         'note': note,
         **counts,
       },
-      'versions': versions(),
+      'versions': self._versions,
     }

@@ -338,7 +338,8 @@ class RunDirectory:
   def write_latency(self, times: Mapping[str, Any]) -> None:
     """Writes times of target sets: {'targets': name -> times, 'device', 'dtype'}.
 
-    Of other arms than that of equal rank, too: 'arms': arm -> name -> times.
+    Of other arms than that of equal rank, too: 'arms': arm -> name -> times. Of a CPU, also
+    which: 'processor'.
     """
     write_json(self.path / 'latency.json', times)
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax import arms, checkpoint, latency, lora, lora_family, quantize, sweep
@@ -36,6 +35,7 @@ from lora_jax.task_rows import TaskRows
 from lora_jax.tracking import Log, json_lines
 from lora_jax.train import DivergedError, Outcome, TrainJob, Wave
 from lora_jax.transformer import Transformer
+from lora_jax.versions import device
 
 # Beside an adapter that is trained and not yet scored: how it came about.
 _TRAINED = '.trained'
@@ -365,8 +365,7 @@ class Study:
     }
     settings = self._settings
     times = latency.measure(self._model, self._params, sets, settings.latency_turns)
-    device = jax.devices()[0].device_kind
-    self._run.write_latency({**times, 'device': device, 'dtype': settings.train.dtype})
+    self._run.write_latency({**times, **device(), 'dtype': settings.train.dtype})
 
 
 @dataclasses.dataclass(frozen=True)

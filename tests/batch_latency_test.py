@@ -23,6 +23,7 @@ from lora_jax.report import batches as tables
 from lora_jax.report.document import markdown
 from lora_jax.report.page import render
 from lora_jax.transformer import KeyValues, head_kernel
+from lora_jax.versions import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,11 +125,20 @@ def test_batches_that_were_timed_are_not_timed_again(tmp_path):
   assert str(out / 'latency.html') in first.stdout.splitlines()[-1]
   held = json.loads((out / 'batches.json').read_text())
   assert [(b['rows'], b['adapters']) for b in held['batches']] == [(1, 1), (2, 1), (2, 2)]
+  # As an earlier version left it: what is timed beside it does not name its processor.
+  assert held['about'].pop('processor') == processor()
+  (out / 'batches.json').write_text(json.dumps(held))
   again = launch(*SMALL, '--rows=1,2,3', f'--out={out}')
   assert again.returncode == 0, again.stderr
   more = json.loads((out / 'batches.json').read_text())
   assert more['batches'][:3] == held['batches']
   assert len(more['batches']) == 5
+  assert more['about'] == held['about']
+  more['about']['processor'] = 'another, 3 cores'
+  (out / 'batches.json').write_text(json.dumps(more))
+  other = launch(*SMALL, '--rows=1,2', f'--out={out}')
+  assert (other.returncode, other.stderr.count('\n')) == (2, 2)
+  assert 'processor=another, 3 cores, not' in other.stderr
   other = launch(*SMALL, '--rows=1,2', '--rank=3', f'--out={out}')
   assert (other.returncode, other.stderr.count('\n')) == (2, 2)
   assert 'rank=16, not 3' in other.stderr

@@ -2,7 +2,7 @@
 
 import json
 
-from planted_run import plant, start, written
+from planted_run import plant, plant_latency, start, written
 from report_test import section
 
 from lora_jax.records import Cell, write_json
@@ -46,6 +46,26 @@ def test_scores_that_mean_little_are_told_so(tmp_path):
     assert 'random weights' in told
     assert 'nothing of the real datasets' in told
   assert 'Only the base was run.' in text
+
+
+def test_what_it_ran_on_is_said_where_records_say_it(tmp_path):
+  run = start(tmp_path)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  plant(run, 'medmcqa', 'o_proj', [0, 1])
+  plant_latency(run, o_proj=1.1)
+  text, _, _ = written(run)
+  assert ' on cpu in bfloat16.' in text
+  assert 'device cpu; jax 0.12.0; python 3.12.1.' in text
+  # Cells that a later version adds to such a run say more.
+  file = run.cell_file(Cell('smollm2-135m-instruct', 'medmcqa', 'o_proj', 'equal_rank', 0))
+  record = json.loads(file.read_text())
+  record['versions'] |= {'commit': '12ab', 'processor': 'EPYC, 2 cores'}
+  write_json(file, record)
+  run.write_latency({**(run.latency() or {}), 'processor': 'EPYC, 2 cores'})
+  text, held, _ = written(run)
+  assert ' on cpu (EPYC, 2 cores) in bfloat16.' in text
+  assert 'python 3.12.1; commit 12ab; processor EPYC, 2 cores.' in text
+  assert held['versions']['processor'] == ['EPYC, 2 cores']
 
 
 def test_no_path_of_the_machine_gets_in(tmp_path):

@@ -47,8 +47,8 @@ def sections(held: Mapping[str, Any] | None) -> list[Section]:
     bank = 'each row by its own adapter from a bank of slots' if of.adapters > 1 else 'one for all'
     note = (
       f'Adapters of rank {about["rank"]} unmerged, {bank}; prompts of {about["prompt_tokens"]} '
-      f'tokens, on {about["device"]} in {about["dtype"]}. Medians over {about["turns"]} turns, '
-      'quartiles in brackets; a ratio is taken within a turn.'
+      f'tokens, on {tables.device(about)} in {about["dtype"]}. Medians over {about["turns"]} '
+      'turns, quartiles in brackets; a ratio is taken within a turn.'
     )
     drawn = [_figure(batch, of, work, title) for work, title in _WORKS]
     blocks = [_table(batch, note), Gallery(drawn, in_markdown=False)]

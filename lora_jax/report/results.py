@@ -7,6 +7,7 @@ the intervals and comparisons of `lora_jax.report.statistics`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -110,7 +111,7 @@ class Results:
     costs: configuration -> cost, of those that were trained.
     latency: the content of latency.json with this arm's times as its 'targets', or None.
     batches: the content of batches.json, or None; of equal rank alone.
-    versions: package (and 'python', 'device') -> the versions that records name.
+    versions: package (and 'python', 'device' and the like) -> the versions that records name.
     sizes: configuration -> how its rank was solved, where it was.
     rates: dataset -> configuration -> the learning rates that were tried, as a cell's record
       has them; empty where all trained at the settings' own.
@@ -182,6 +183,7 @@ def _arm(
       trained[record['cell']['targets']].append(record)
   if latency is not None and arm != EQUAL_RANK:
     latency = {**latency, 'targets': latency.get('arms', {}).get(arm, {})}
+  made_with = [record['versions'] for record in all_records]
   return Results(
     shared=shared,
     base=all_records[0]['base'],
@@ -192,8 +194,8 @@ def _arm(
     costs={key: costs.cost(runs) for key, runs in trained.items() if runs},
     latency=latency,
     versions={
-      package: sorted({record['versions'][package] for record in all_records})
-      for package in all_records[0]['versions']
+      package: sorted({made[package] for made in made_with if package in made})
+      for package in dict.fromkeys(itertools.chain(*made_with))
     },
     sizes={key: size for key, runs in trained.items() if (size := costs.size(runs))},
     rates=_rates(records),

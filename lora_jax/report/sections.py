@@ -236,7 +236,7 @@ def latency(results: Results) -> Section:
   header = ['targets', 'prefill ms', 'ratio to base', 'decoded token ms', 'ratio to base']
   note = (
     'Adapters unmerged, one row at a time, on '
-    f'{results.latency["device"]} in {results.latency["dtype"]}. Medians over '
+    f'{tables.device(results.latency)} in {results.latency["dtype"]}. Medians over '
     f'{results.shared["settings"]["latency_turns"]} turns, quartiles in brackets; a ratio is '
     'taken within a turn, so it need not equal the quotient of the medians.'
   )

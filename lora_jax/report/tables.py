@@ -1,6 +1,7 @@
 """Numbers as the cells of tables, and tables as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lora_jax.report.results import DONE, MISSING, PARTLY_DIVERGED, Entry, Results
 
@@ -62,6 +63,13 @@ def code(text: str) -> str:
 def arm_title(arm: str) -> str:
   """An arm for people: 'equal parameters'."""
   return arm.replace('_', ' ')
+
+
+def device(times: Mapping[str, Any]) -> str:
+  """What times were taken on: 'NVIDIA H100', or 'cpu (AMD EPYC 9454, 8 cores)'."""
+  # Older ones do not say which CPU.
+  which = f' ({times["processor"]})' if 'processor' in times else ''
+  return f'{times["device"]}{which}'
 
 
 def significant(value: float) -> str:
