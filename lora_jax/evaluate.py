@@ -82,6 +82,10 @@ class Questions:
     eyes: of the base, where prompts may hold images; predictions are then generated.
     pictures: the images of each prompt then.
     features: what the base's tower made of them.
+    choices: for each row what it chooses from, and the token of each, where it chooses.
+
+  Raises:
+    UserError: a choice is not one token of this base.
   """
 
   task: Task
@@ -92,10 +96,15 @@ class Questions:
   eyes: Eyes | None = None
   pictures: Sequence[Sequence[Picture]] = ()
   features: FeatureFiles | None = None
+  choices: Sequence[tuple[tuple[str, ...], list[int]]] = dataclasses.field(init=False, default=())
 
   def __post_init__(self):
-    if self.task.choices is not None and any(self.pictures):
+    if self.task.choices is None:
+      return
+    if any(self.pictures):
       raise ValueError('choices are compared where prompts are text')
+    found = [_choices(self.task, example, self.tokenizer) for example in self.examples]
+    object.__setattr__(self, 'choices', found)
 
   def seen(self, chosen: Sequence[int], tokens_BT: np.ndarray) -> Features | None:
     """The features of some prompts, which are the first rows of `tokens_BT`.
@@ -130,9 +139,6 @@ def score_task(
     batch_rows: prompts that run together, where there are so many; where prompts are only
       read, and so packed, as many tokens as so many of the longest.
     what: name of the work for the progress display.
-
-  Raises:
-    UserError: a choice is not one token of this base.
   """
   if questions.task.choices is not None:
 
@@ -242,11 +248,10 @@ class _Sheet:
 
   def read(self, i: int, found: np.ndarray) -> None:
     """Row i's generated tokens (T,), or log probabilities of its next token (V,)."""
-    task, tokenizer = self._questions.task, self._questions.tokenizer
-    if task.choices is not None:
-      example = self._questions.examples[i]
-      best = int(np.argmax(found[_choice_ids(task, example, tokenizer)]))
-      self._predictions[i] = task.choices(example)[best]
+    tokenizer = self._questions.tokenizer
+    if self._questions.task.choices is not None:
+      texts, ids = self._questions.choices[i]
+      self._predictions[i] = texts[int(np.argmax(found[ids]))]
       return
     ends = np.flatnonzero(found == tokenizer.eos_id)
     length = int(ends[0]) if len(ends) else self._questions.max_new_tokens
@@ -283,12 +288,15 @@ def pad_prompts(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray
   return tokens, lengths
 
 
-def _choice_ids(task: Task, example: Example, tokenizer: ChatTokenizer) -> list[int]:
+def _choices(
+  task: Task, example: Example, tokenizer: ChatTokenizer
+) -> tuple[tuple[str, ...], list[int]]:
   assert task.choices is not None
-  ids = [tokenizer.encode_plain(choice) for choice in task.choices(example)]
+  texts = task.choices(example)
+  ids = [tokenizer.encode_plain(text) for text in texts]
   if any(len(choice) != 1 for choice in ids):
     raise UserError(
       f'{task.name} row {example["id"]}: a choice is more than one token of this base; '
       'use a base whose vocabulary has single letters, or for rows of your own --metric=exact'
     )
-  return [choice[0] for choice in ids]
+  return texts, [choice[0] for choice in ids]

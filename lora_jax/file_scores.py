@@ -124,7 +124,15 @@ def score(
     task: from `own_task.make`, or None.
     batch_rows: rows that run together.
     what: name of the work for the progress display.
+
+  Raises:
+    UserError: a choice is not one token of this base.
   """
+  questions = None
+  if task is not None:
+    # Made first: what it refuses is said before anything is computed.
+    examples = [own_task.example(row) for row in rows.conversations]
+    questions = Questions(task, examples, rows.prompts, tokenizer, rows.max_new_tokens)
   flat = [row for of_one in rows.encoded for row in of_one]
   sums = iter(row_losses(model, params, flat, batch_rows, f'{what}, loss'))
   losses_N = np.asarray([sum(next(sums) for _ in of_one) for of_one in rows.encoded])
@@ -132,9 +140,7 @@ def score(
     [sum(row.arrays['weights'].sum() for row in of_one) for of_one in rows.encoded]
   )
   predictions = None
-  if task is not None:
-    examples = [own_task.example(row) for row in rows.conversations]
-    questions = Questions(task, examples, rows.prompts, tokenizer, rows.max_new_tokens)
+  if questions is not None:
     predictions = score_task(model, params, questions, batch_rows, what)
   return FileScores(losses_N, tokens_N, predictions)
 

@@ -165,6 +165,17 @@ def test_a_choice_of_more_than_one_token_is_named():
   assert '\n' not in str(error.value)
 
 
+def test_choices_are_looked_up_once_a_row_however_often_they_are_scored(monkeypatch):
+  model, weights, _, tokenizer = base()
+  prompts = [encode_prompt(CHOOSE, row, tokenizer, LIMIT) for row in examples()]
+  questions = evaluate.Questions(CHOOSE, examples(), prompts, tokenizer, NEW)
+  looked_up = []
+  monkeypatch.setattr(tokenizer, 'encode_plain', looked_up.append)
+  for _ in range(2):
+    evaluate.score_task(model, weights, questions, BATCH_ROWS)
+  assert not looked_up
+
+
 def test_prompts_are_padded_to_few_shapes():
   shapes = set()
   for longest in range(1, 1500, 7):

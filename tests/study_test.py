@@ -4,6 +4,7 @@ import json
 import pytest
 
 from lora_jax.data import sources, tasks
+from lora_jax.errors import UserError
 from lora_jax.hub import bases
 from lora_jax.presets import PRESETS
 from lora_jax.records import RunDirectory
@@ -71,3 +72,10 @@ def test_rows_too_few_to_watch_a_loss_on_are_told(tmp_path, capsys):
   rows = TaskRows(GRID.tasks[0], source, bases.load('tiny'), few, tmp_path, None)
   assert (len(rows.train), len(rows.eval_batches)) == (3, 1)
   assert capsys.readouterr().err == ''
+
+
+def test_a_choice_that_is_no_token_is_found_before_anything_is_scored(tmp_path):
+  task = dataclasses.replace(GRID.tasks[0], choices=lambda example: ('A', 'none of them'))
+  source = sources.Synthetic(seed=0, train=6, test=2)
+  with pytest.raises(UserError, match='medmcqa row test-0: a choice is more than one token'):
+    TaskRows(task, source, bases.load('tiny'), SETTINGS, tmp_path, None)
