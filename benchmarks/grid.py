@@ -41,7 +41,7 @@ from benchmarks import batches as batching
 from benchmarks import peer, side
 from benchmarks.train import DTYPES, PEER_ROWS
 from experiments import _launcher
-from lora_jax import lora
+from lora_jax import lora, overlap
 from lora_jax.data import builder, encode, pipeline, sources, tasks
 from lora_jax.data.task import Task
 from lora_jax.errors import UserError, exit_on_user_error
@@ -148,7 +148,7 @@ class Rows:
       splits = builder.prepare(task, source, folder)
       max_length = min(options.max_length, base.config.max_length)
       self.limits = encode.budget(task, max_length, options.max_new_tokens)
-      examples = splits['train'][: options.train_rows]
+      examples = overlap.apart(task, splits['train'][: options.train_rows], splits['test'])
       self.train = pipeline.encode_split(task, examples, base.tokenizer, self.limits)
       self.test = [*splits['test'][: options.test_rows]]
     self.prompts = [

@@ -10,14 +10,16 @@ All that is wrong with them is found here, before anything is trained.
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from lora_jax import overlap
 from lora_jax.data import builder
 from lora_jax.data.encode import budget, encode_prompt, pictures
 from lora_jax.data.features import FeatureFiles
 from lora_jax.data.pipeline import Batch, batch_shape, encode_split, evaluation_batches
 from lora_jax.data.sources import Source
-from lora_jax.data.task import Task
+from lora_jax.data.task import Example, Task
 from lora_jax.errors import UserError
 from lora_jax.evaluate import Questions
 from lora_jax.hub.base import Base
@@ -64,7 +66,8 @@ class TaskRows:
       pictures=[pictures(posed, example, eyes) for example in test],
       features=self.features,
     )
-    self._examples = examples = splits['train'][: config.train_rows or None]
+    given = splits['train'][: config.train_rows or None]
+    self._examples = examples = _apart(posed, given, splits['test'])
     encoded = encode_split(posed, examples, base.tokenizer, limits, eyes)
     # The last rows watch the loss; too few rows to share all train.
     kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
@@ -87,6 +90,7 @@ class TaskRows:
       'eval': len(watched),
       'test': len(test),
       'left_out': len(examples) - len(encoded),
+      'in_test': len(given) - len(examples),
       'cut_completions': sum(row.cut for row in encoded),
       'batch_rows': self.shape.rows,
       'row_length': self.shape.length,
@@ -124,3 +128,21 @@ class TaskRows:
   def counts(self) -> dict[str, int]:
     """For the record: how many rows, and in what shape."""
     return self._counts
+
+
+def _apart(task: Task, train: Sequence[Example], test: Sequence[Example]) -> Sequence[Example]:
+  """Those of the rows to learn that the test split does not ask, too; how many it does is said."""
+  learned = overlap.apart(task, train, test)
+  asked = len(train) - len(learned)
+  if not learned:
+    raise UserError(
+      f'{task.name}: all {asked} train rows ask what test rows do, so none is left to train on; '
+      'give other rows'
+    )
+  if asked:
+    print(
+      f'{task.name}: {asked} of {len(train)} train rows ask what test rows do and are left out '
+      'of training',
+      file=sys.stderr,
+    )
+  return learned

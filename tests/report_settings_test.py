@@ -68,6 +68,22 @@ def test_what_it_ran_on_is_said_where_records_say_it(tmp_path):
   assert held['versions']['processor'] == ['EPYC, 2 cores']
 
 
+def test_what_is_known_of_a_datasets_rows_beside_their_numbers_is_said(tmp_path):
+  run = start(tmp_path)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  before = '- MedMCQA: Posed plainly.\n'
+  assert before in written(run)[0]
+  file = run.cell_file(Cell('smollm2-135m-instruct', 'medmcqa', 'base', '', 0))
+  record = json.loads(file.read_text())
+  record['rows'] |= {'in_test': 0}
+  write_json(file, record)
+  assert before in written(run)[0]
+  record['rows'] |= {'in_test': 3}
+  write_json(file, record)
+  says = 'Left out of training, since test rows ask the same: 3 rows.'
+  assert f'- MedMCQA: Posed plainly. {says}\n' in written(run)[0]
+
+
 def test_no_path_of_the_machine_gets_in(tmp_path):
   base = '/home/someone/models/llama.gguf'
   run = start(tmp_path, base=base, data='/home/someone/my, data')

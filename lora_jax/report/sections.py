@@ -273,7 +273,7 @@ def rows_and_tasks(results: Results) -> Section:
   ]
   header = ['dataset', 'source', 'trained on', 'watched', 'scored']
   header += ['batch', 'prompt limit', 'left out', 'completions cut']
-  notes = [f'{d.title}: {d.rows["note"]}' for d in results.datasets if d.rows['note']]
+  notes = [f'{d.title}: {note}' for d in results.datasets if (note := _note(d.rows))]
   note = (
     'Watched: rows of the train split kept out of training to follow the loss. Batch: rows '
     'times tokens of a training step; such a row packs several of the data where they are short. '
@@ -284,6 +284,14 @@ def rows_and_tasks(results: Results) -> Section:
   return Section(
     'Rows and tasks', [Table(header, rows, 2, note), *([Bullets(notes)] if notes else [])]
   )
+
+
+def _note(rows: dict[str, Any]) -> str:
+  """What is to be known of a dataset's rows beside their numbers."""
+  notes = [rows['note']]
+  if asked := rows.get('in_test'):
+    notes.append(f'Left out of training, since test rows ask the same: {plural(asked, "row")}.')
+  return ' '.join(filter(None, notes))
 
 
 def _batch(rows: dict[str, Any]) -> str:
