@@ -7,6 +7,7 @@ train split, so nothing of the test split has a part in the choice.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ def choose(
 
   Args:
     trainer: trains them, together where they fit.
-    jobs: cells of one shape of batches, each with rows that watch its loss.
+    jobs: cells of one shape of batches, each with rows that watch its loss. Their logs are
+      given what the best trial logged, once it is known.
     rates: peak rates of A.
     shape: that of the batches.
     what: name of the work for the progress display.
@@ -101,11 +103,11 @@ def choose(
     Each job, which rate is best, and what it trained; None where all diverged.
   """
   at = lambda job, rate: dataclasses.replace(job.optim, learning_rate=rate)
-  # All trials of a job would write to one file.
+  # All trials of a job would write to one file, so what each logs waits until one is chosen.
+  logged: list[list[Mapping[str, float]]] = [[] for _ in jobs for _ in rates]
   trials = [
-    dataclasses.replace(job, optim=at(job, rate), log=lambda metrics: None)
-    for job in jobs
-    for rate in rates
+    dataclasses.replace(job, optim=at(job, rate), log=entries.append)
+    for (job, rate), entries in zip(itertools.product(jobs, rates), logged, strict=True)
   ]
   found: dict[int, Outcome | DivergedError] = {}
   for wave, outcomes in trainer.train(trials, shape, what):
@@ -115,8 +117,12 @@ def choose(
       own = [found.pop(t) for t in _trials(i, rates)]
       losses = [_loss(outcome) for outcome in own]
       choice = Choice(tuple(zip(rates, losses, strict=True)), jobs[i].seed)
-      best = own[[*rates].index(choice.rate)]
-      yield jobs[i], choice, best if isinstance(best, Outcome) else None
+      chosen = [*rates].index(choice.rate)
+      won = own[chosen]
+      best = won if isinstance(won, Outcome) else None
+      for entry in logged[_trials(i, rates)[chosen]] if best else ():
+        jobs[i].log(entry)
+      yield jobs[i], choice, best
 
 
 def _trials(job: int, rates: Sequence[float]) -> range:

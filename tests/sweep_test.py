@@ -33,6 +33,9 @@ class Trainer:
   def train(self, jobs, shape, what):
     for at in range(0, len(jobs), self.size):
       wave = jobs[at : at + self.size]
+      for job in wave:
+        for step in (1, 2):
+          job.log({'step': step, 'loss': job.optim.learning_rate})
       yield (
         types.SimpleNamespace(jobs=wave),
         [self.found[job.seed, job.optim.learning_rate] for job in wave],
@@ -41,7 +44,11 @@ class Trainer:
 
 @pytest.mark.parametrize('size', [1, 2, 3, 4])
 def test_the_lowest_loss_wins_whatever_trains_together(size):
-  jobs = [TrainJob(('o_proj',), LoraConfig(), OptimConfig(), seed, list) for seed in (0, 1)]
+  logs = ([], [])
+  jobs = [
+    TrainJob(('o_proj',), LoraConfig(), OptimConfig(), seed, list, log=logs[seed].append)
+    for seed in (0, 1)
+  ]
   found = {
     (0, 1e-3): outcome([(0, 0.1), (1, 2.0), (2, 3.0)]),
     (0, 1e-1): outcome([(0, 0.1), (1, 4.0), (2, 2.5)]),
@@ -55,13 +62,16 @@ def test_the_lowest_loss_wins_whatever_trains_together(size):
   assert chosen[1][1] == sweep.Choice(((1e-3, None), (1e-1, 7.0)), 1)
   assert [choice.rate for _, choice, _ in chosen] == [1e-1, 1e-1]
   assert [best for _, _, best in chosen] == [found[0, 1e-1], found[1, 1e-1]]
+  # What the chosen trial logged is the cell's, and nothing of the others is.
+  assert logs == ([{'step': 1, 'loss': 1e-1}, {'step': 2, 'loss': 1e-1}],) * 2
   assert str(chosen[1][1]) == 'learning rate 0.1 of 0.001 diverged, 0.1 loss 7.0000'
 
 
 def test_equal_losses_give_the_lower_rate_and_none_is_chosen_of_what_diverged():
   assert sweep.Choice(((1e-1, 2.0), (1e-3, 2.0)), 0).rate == 1e-3
   assert sweep.Choice(((1e-1, 0.0), (1e-3, None)), 0).rate == 1e-1
-  jobs = [TrainJob(('o_proj',), LoraConfig(), OptimConfig(), 0, list)]
+  refuse = lambda entry: pytest.fail('nothing was trained')
+  jobs = [TrainJob(('o_proj',), LoraConfig(), OptimConfig(), 0, list, log=refuse)]
   found = dict.fromkeys([(0, rate) for rate in RATES], DivergedError('not finite'))
   ((_, choice, best),) = sweep.choose(Trainer(found, 2), jobs, RATES, None, 'rates')
   assert (choice.rate, best) == (1e-3, None)
@@ -97,6 +107,10 @@ def test_all_seeds_train_at_the_rate_that_was_chosen(tmp_path, monkeypatch):
     record = cells[f'medmcqa-o_proj-equal_rank-seed{seed}.json']
     assert record['settings']['optim']['learning_rate'] == kept['chosen']
     assert record['rates'] == {name: kept[name] for name in ('tried', 'seed', 'chosen')}
+    metrics = tmp_path / f'out/cells/medmcqa-o_proj-equal_rank-seed{seed}.metrics.jsonl'
+    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    logged = [entry['loss'] for entry in entries if 'loss' in entry]
+    assert logged == record['train']['losses']
   # The first seed's adapter is the one that was tried: its loss decided.
   first = cells['medmcqa-o_proj-equal_rank-seed0.json']['train']
   assert dict(first['eval_losses'])[first['kept_step']] == losses[kept['chosen']]
