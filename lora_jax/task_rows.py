@@ -89,6 +89,7 @@ class TaskRows:
       'train': len(self.train),
       'eval': len(watched),
       'test': len(test),
+      'test_of': len(splits['test']),
       'left_out': len(examples) - len(encoded),
       'in_test': len(given) - len(examples),
       'cut_completions': sum(row.cut for row in encoded),

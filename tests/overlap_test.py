@@ -37,6 +37,7 @@ def test_rows_of_the_test_split_are_left_out_and_counted(tmp_path, capsys, test_
   held = posed(tmp_path, rows[:10], test, test_rows)
   counts = held.counts()
   assert (counts['in_test'], counts['train'], counts['eval'], counts['left_out']) == (3, 5, 2, 0)
+  assert (counts['test'], counts['test_of']) == (test_rows or 5, 5)
   assert 'medmcqa: 3 of 10 train rows ask what test rows do' in capsys.readouterr().err
   tokenizer = bases.load('tiny').tokenizer
   said = [tokenizer.decode(row.arrays['tokens'].tolist()) for row in held.train]

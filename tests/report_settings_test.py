@@ -82,6 +82,13 @@ def test_what_is_known_of_a_datasets_rows_beside_their_numbers_is_said(tmp_path)
   write_json(file, record)
   says = 'Left out of training, since test rows ask the same: 3 rows.'
   assert f'- MedMCQA: Posed plainly. {says}\n' in written(run)[0]
+  record['rows'] |= {'in_test': 0, 'test_of': 2}
+  write_json(file, record)
+  assert before in written(run)[0]
+  record['rows'] |= {'test_of': 4183}
+  write_json(file, record)
+  says = 'Scored are the first 2 of 4,183 test rows, in their order;'
+  assert f'- MedMCQA: Posed plainly. {says} standard errors take them' in written(run)[0]
 
 
 def test_no_path_of_the_machine_gets_in(tmp_path):

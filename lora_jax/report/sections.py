@@ -291,6 +291,12 @@ def _note(rows: dict[str, Any]) -> str:
   notes = [rows['note']]
   if asked := rows.get('in_test'):
     notes.append(f'Left out of training, since test rows ask the same: {plural(asked, "row")}.')
+  test, there_are = rows.get('test', 0), rows.get('test_of', 0)
+  if test < there_are:
+    notes.append(
+      f'Scored are the first {test:,} of {there_are:,} test rows, in their order; standard errors '
+      'take them to be like the rest.'
+    )
   return ' '.join(filter(None, notes))
 
 
