@@ -148,10 +148,10 @@ def cache() -> Path:
   return path
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, flag: str = 'seed') -> None:
   """Raises `UserError` for a number that is no seed."""
   if not 0 <= seed < 2**32:
-    raise UserError(f'--seed={seed}: give a whole number from 0 to 4294967295')
+    raise UserError(f'--{flag}={seed}: give a whole number from 0 to 4294967295')
 
 
 def check_targets(targets: Sequence[str]) -> None:

@@ -91,9 +91,10 @@ def _seeds() -> tuple[int, ...]:
     seeds = tuple(dict.fromkeys(int(seed) for seed in _SEEDS.value))
   except ValueError:
     seeds = ()
-  if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
-    given = ','.join(_SEEDS.value)
-    raise UserError(f'--seeds={given}: give whole numbers from 0 to 4294967295, as 0,1,2')
+  if not seeds:
+    raise UserError(f'--seeds={",".join(_SEEDS.value)}: give whole numbers, as 0,1,2')
+  for seed in seeds:
+    _flags.check_seed(seed, _SEEDS.name)
   return seeds
 
 
@@ -182,8 +183,7 @@ def main() -> None:
   cache = _flags.cache()
 
   try:
-    base = bases.load(settings.base, cache)
-    print(f'base {base.name}: {base.record["weights"]}, sha256 {base.record["sha256"][:12]}')
+    base = _flags.load_base(settings.base)
     Study(settings, base, source, run, cache / 'rows', _PACK.value).run(grid)
     print(report.write(run))
   except KeyboardInterrupt:

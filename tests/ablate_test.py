@@ -41,6 +41,9 @@ def test_a_run_leaves_a_report_and_names_it(finished):
   out, _, done = finished
   assert done.returncode == 0, done.stderr
   assert str(out / 'report.md') in done.stdout.splitlines()[-1]
+  # Standard output is for what was asked for.
+  assert 'base tiny: ' in done.stderr
+  assert 'base tiny: ' not in done.stdout
   results = json.loads((out / 'results.json').read_text())
   assert {'medmcqa', 'cocohd'} <= set(json.dumps(results).replace('"', ' ').split())
   report = (out / 'report.md').read_text()
@@ -207,7 +210,8 @@ def test_other_settings_in_the_same_directory_are_refused(finished):
     (['--lr=nan'], ['--lr=nan']),
     (['--eval_rows=0', '--patience=2'], ['--eval_rows=0', '--patience']),
     (['--seeds=one'], ['--seeds=one']),
-    (['--seeds=4294967296'], ['--seeds=4294967296']),
+    (['--seeds='], ['--seeds=', '0,1,2']),
+    (['--seeds=0,4294967296'], ['--seeds=4294967296', 'from 0 to 4294967295']),
     (['--out=/dev/null/x'], ['/dev/null/x']),
     (['--no_such_flag'], ['no_such_flag']),
     (['o_proj'], ["'o_proj'"]),
