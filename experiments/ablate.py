@@ -188,7 +188,8 @@ def main() -> None:
     print(report.write(run))
   except KeyboardInterrupt:
     print(
-      f'\nstopped; finished cells are in {run.path}, the same command goes on from there',
+      f'\nstopped; finished cells are in {run.path}, the same command goes on from there; cells '
+      'that were training together are trained anew, with --pack=1 one at most',
       file=sys.stderr,
     )
     sys.exit(130)

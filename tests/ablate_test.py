@@ -258,6 +258,7 @@ def test_ctrl_c_keeps_finished_cells_and_the_run_goes_on(tmp_path):
   os.kill(process.pid, signal.SIGINT)
   _, said = process.communicate(timeout=120)
   assert process.returncode == 130, said
+  assert '--pack=1' in said.splitlines()[-1]
   assert 'Traceback' not in said
   kept = first.stat().st_mtime_ns
   whole = ablate(*arguments)

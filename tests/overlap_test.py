@@ -62,6 +62,7 @@ def test_rows_that_share_nothing_are_all_learned_and_nothing_is_said(tmp_path, c
 
 def test_an_image_is_part_of_what_is_asked():
   task = llava_cot.TASK.posed(sees=True)
+  assert task is not None
   one, other = llava_cot.TASK.synthetic(0, 2)
   swapped = {**one, 'image': other['image']}
   assert [*overlap.apart(task, [one, swapped, other], [one])] == [swapped, other]

@@ -7,6 +7,7 @@ from lora_jax.data import sources, tasks
 from lora_jax.errors import UserError
 from lora_jax.hub import bases
 from lora_jax.presets import PRESETS
+from lora_jax.progress import Progress
 from lora_jax.records import RunDirectory
 from lora_jax.study import Grid, Study
 from lora_jax.task_rows import TaskRows
@@ -23,11 +24,11 @@ SETTINGS = dataclasses.replace(
 GRID = Grid(tasks.by_names(['medmcqa']), ('o_proj', 'fc2'), (0,))
 
 
-def run(out, cache, grid=GRID, settings=SETTINGS):
+def run(out, cache, grid=GRID, settings=SETTINGS, cells=2):
   source = sources.Synthetic(seed=0, train=64, test=2)
   directory = RunDirectory(out)
   directory.lock()
-  Study(settings, bases.load('tiny'), source, directory, cache, cells=2).run(grid)
+  Study(settings, bases.load('tiny'), source, directory, cache, cells).run(grid)
 
 
 def records(out):
@@ -58,6 +59,36 @@ def test_what_was_trained_before_an_interruption_is_not_trained_again(tmp_path, 
     assert record['scores']['rows'] == other[name]['scores']['rows']
     assert record.get('train', {}).get('losses') == other[name].get('train', {}).get('losses')
   assert not [*(stopped / 'cells').glob('*.trained')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('cells', 'stops_in'), [(1, 'cell 2 of 2'), (2, 'cells 1-2 of 2')])
+def test_a_wave_that_is_interrupted_is_lost_and_no_other(tmp_path, monkeypatch, cells, stops_in):
+  class Interrupted(Progress):
+    def advance(self, count=1, **numbers):
+      if self._what == f'train medmcqa, {stops_in}':
+        raise KeyboardInterrupt
+      super().advance(count, **numbers)
+
+  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
+  # How long adapters take is not the question, and takes most of the time.
+  monkeypatch.setattr(Study, '_time_targets', lambda study, grid: None)
+  with monkeypatch.context() as patch:
+    patch.setattr('lora_jax.train.Progress', Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      run(stopped, tmp_path / 'cache', cells=cells)
+  kept = records(stopped)
+  finished = ['medmcqa-base.json', 'medmcqa-o_proj-equal_rank-seed0.json']
+  assert [*kept] == finished[: 3 - cells]
+  run(stopped, tmp_path / 'cache', cells=cells)
+  run(whole, tmp_path / 'cache', cells=cells)
+  one, other = records(whole), records(stopped)
+  assert one.keys() == other.keys()
+  assert len(one) == 3
+  for name, record in one.items():
+    assert record['scores']['rows'] == other[name]['scores']['rows']
+    assert record.get('train', {}).get('losses') == other[name].get('train', {}).get('losses')
+    assert kept.get(name, other[name]) == other[name]
 
 
 def test_rows_too_few_to_watch_a_loss_on_are_told(tmp_path, capsys):
