@@ -30,16 +30,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.report.resampling import EQUAL, flipped, resampled
+
 # Of what is called beyond the noise, the share that chance alone may bring about.
 LEVEL = 0.05
 DRAWS = 4000
 # A prior weight, in seeds, of the pooled variance against a configuration's own.
 _PRIOR_SEEDS = 4
-# Draws made at a time, so that a long test split does not fill the memory.
-_BATCH = 250
 _DIGITS = 6
-# Scores are averages of at most some thousand numbers up to 100: what differs by less is equal.
-_EQUAL = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +178,8 @@ def analyse(table: RowScores, configurations: int = 0) -> DatasetStatistics:
   return _statistics(
     names,
     d_PR.mean(axis=1),
-    _resampled(x_CR, _generator(table, 'rows'), draws) + noise_CN,
-    _flipped(d_PR, _generator(table, 'signs'), draws) + noise_PN,
+    resampled(x_CR, _generator(table, 'rows'), draws) + noise_CN,
+    flipped(d_PR, _generator(table, 'signs'), draws) + noise_PN,
     rows=rows,
     seeds_known=errors.known,
     split=_split(table),
@@ -262,48 +260,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _p_value(difference: float, null_N: np.ndarray) -> float:
-  as_large = np.count_nonzero(np.abs(null_N) >= abs(difference) - _EQUAL)
+  as_large = np.count_nonzero(np.abs(null_N) >= abs(difference) - EQUAL)
   # The observed signs are one of the possible ones.
   return (1 + as_large) / (1 + null_N.size)
-
-
-def _resampled(x_CR: np.ndarray, random: np.random.Generator, draws: int) -> np.ndarray:
-  """Means over resampled rows, the same rows for all configurations; widened for few rows."""
-  rows, means_C1 = x_CR.shape[1], x_CR.mean(axis=1, keepdims=True)
-  if rows < 2:
-    return np.repeat(means_C1, draws, axis=1)
-  from scipy import stats  # takes a second to import
-
-  def means(picked_NR: np.ndarray, axis: int) -> np.ndarray:
-    # A product with how often each row was picked is much faster than picking.
-    places = picked_NR + rows * np.arange(len(picked_NR))[:, None]
-    counts_NR = np.bincount(places.ravel(), minlength=picked_NR.size).reshape(picked_NR.shape)
-    return x_CR @ counts_NR.T.astype(float) / rows
-
-  held = stats.bootstrap(
-    (np.arange(rows),),
-    means,
-    n_resamples=draws,
-    batch=_BATCH,
-    vectorized=True,
-    method='percentile',
-    rng=random,
-  )
-  return means_C1 + (held.bootstrap_distribution - means_C1) * np.sqrt(rows / (rows - 1))
-
-
-def _flipped(d_PR: np.ndarray, random: np.random.Generator, draws: int) -> np.ndarray:
-  """Mean differences under random signs of the rows: `scipy.stats.permutation_test`'s samples.
-
-  One matrix of signs serves all comparisons, which is what makes hundreds of them fast.
-  """
-  count, rows = d_PR.shape
-  null_PN = np.empty((count, draws))
-  for start in range(0, draws, _BATCH):
-    some = min(_BATCH, draws - start)
-    signs_NR = 2.0 * random.integers(0, 2, (some, rows), dtype=np.int8) - 1
-    null_PN[:, start : start + some] = d_PR @ signs_NR.T / rows
-  return null_PN
 
 
 @dataclasses.dataclass(frozen=True)
