@@ -11,7 +11,7 @@ from planted_run import HEADLINES, plant, plant_latency, plant_status, start, wr
 from lora_jax.errors import UserError
 from lora_jax.presets import ARTICLE_TARGETS, PRESETS
 from lora_jax.records import RunDirectory
-from lora_jax.report import report, results, tables, terminal
+from lora_jax.report import report, tables
 
 DRAWINGS = ('accuracy_prefill.svg', 'accuracy_decode.svg', 'difficulty_spread.svg')
 
@@ -365,23 +365,6 @@ def test_names_with_special_characters_break_no_table_or_plot(run):
   # A narrow column cuts a long name, and loses nothing of it.
   assert '.*(q_proj|[' in said
   assert 'o]_proj)$' in said
-
-
-@pytest.mark.parametrize('width', [40, 80, 120, 200])
-def test_the_articles_grid_fits_a_terminal(tmp_path, width):
-  run = start(tmp_path)
-  for targets in ('base', *ARTICLE_TARGETS):
-    for dataset in ('fincot', 'govreport', 'medmcqa', 'medreason', 'cocohd', 'invoice_ocr'):
-      plant(run, dataset, targets, [0.3, 0.4, 0.7])
-    plant_status(run, 'llava_cot', targets, 'needs vision')
-  plant_status(run, 'fincot', 'qkv', 'diverged', why='not finite')
-  table = terminal.render(results.gather(run), width)
-  assert max(map(len, table.split('scores 0 to 100')[0].splitlines())) <= width
-  # Cells may break at a space, never within a word, and none is lost.
-  assert table.count('46.7') == 6 * 9 - 1 + 9
-  assert table.count('±12.0') == 6 * 9 - 1
-  for word in ('diverged', 'Invoice OCR', 'MedReason', 'base', 'o_proj,', 'all'):
-    assert word in table
 
 
 def test_nothing_to_report_is_a_users_mistake(tmp_path):

@@ -110,6 +110,52 @@ def test_intervals_cover_the_truth(few_draws):
   assert narrow / times < 0.85
 
 
+@pytest.mark.parametrize('chance', [0.01, 0.05, 0.15])
+def test_intervals_cover_the_truth_where_all_rows_may_be_alike(few_draws, chance):
+  """Of twelve rows of an answer that is rarely right, most samples have none that is."""
+  random = np.random.default_rng(11)
+  means, gaps, alike, times = 0, 0, 0, 200
+  for _ in range(times):
+    right_CR = 100.0 * (random.random((2, 12)) < np.array([[chance], [2 * chance]]))
+    scores = dict(zip(('base', 'c1'), right_CR, strict=True))
+    found = analyse(table(scores, str(random.random())))
+    low, high = found.intervals['base']
+    means += low <= 100 * chance <= high
+    held = found.compare('c1', 'base')
+    gaps += held.low <= 100 * chance <= held.high
+    alike += not right_CR[0].any()
+  assert alike / times > 0.05
+  assert means / times >= 0.93
+  assert gaps / times >= 0.93
+
+
+@pytest.mark.parametrize('rows', [2, 12, 200])
+def test_rows_all_at_an_end_of_the_scale_have_the_exact_binomial_interval(rows):
+  scores = {'base': np.zeros(rows), 'c1': np.full(rows, 100.0), 'c2': np.zeros((3, rows))}
+  held = analyse(table(scores))
+  bound = 100 * stats.binomtest(0, rows).proportion_ci(method='exact').high
+  assert held.intervals['base'] == held.intervals['c2'] == pytest.approx((0, bound), abs=0.1)
+  assert held.intervals['c1'] == pytest.approx((100 - bound, 100), abs=0.1)
+  compared = held.compare('c2', 'base')
+  assert (compared.difference, compared.beyond_noise) == (0, 0)
+  assert (compared.low, compared.high) == pytest.approx((-bound, bound), abs=0.1)
+
+
+def test_a_base_that_is_never_right_may_be_on_other_rows():
+  base, some = np.zeros(12), np.repeat([100.0, 0.0], [2, 10])
+  held = analyse(table({'base': base, 'c1': some})).compare('c1', 'base')
+  # By itself c1 reaches from 0 to 43, and the base to 26.
+  assert -26 < held.low < -5
+  assert held.high == pytest.approx(42, abs=4)
+
+
+def test_an_average_of_rows_all_alike_is_within_its_interval():
+  parts = [analyse(table({'base': np.zeros(12)}, str(i))) for i in range(7)]
+  low, high = average(parts).intervals['base']
+  assert low == 0
+  assert 5 < high < parts[0].intervals['base'][1] / 2
+
+
 def test_the_sign_test_is_scipys():
   random = np.random.default_rng(4)
   base, other = random.random((2, 40)) * 100
@@ -157,6 +203,8 @@ def test_equal_scores_are_no_difference():
   rows = [0, 100, 100, 0, 100]
   held = analyse(table({'base': rows, 'c1': [rows, rows]})).compare('c1', 'base')
   assert (held.difference, held.p, held.beyond_noise) == (0.0, 1.0, 0)
+  # Half of all rows may differ, for all that five say.
+  assert (held.low, held.high) == pytest.approx((-52.2, 52.2), abs=0.1)
 
 
 def test_a_single_row_says_nothing_of_others():

@@ -283,7 +283,10 @@ def method() -> Section:
       'percentiles of a bootstrap: rows are resampled, the same for every configuration; the error '
       'of a mean over seeds, of which there are too few to resample, is drawn from Student’s t '
       'with the variance between seeds beyond what rows explain, pooled over configurations and '
-      'moved towards each one’s own. Tests flip the signs of a pair’s differences row by row and '
+      'moved towards each one’s own. Where all rows score alike, or a pair differs alike on all, '
+      'resampling has nothing to go by, and the interval is how far rows that were not drawn could '
+      'move the mean: the exact binomial bound on their share (Clopper and Pearson), with the ends '
+      'of the scale as their scores. Tests flip the signs of a pair’s differences row by row and '
       'add the same error. Where there is one seed, both are over rows alone. Everything random is '
       'seeded from the names of rows: the same records give the same report.'
     ],

@@ -33,6 +33,26 @@ def resampled(x_CR: np.ndarray, random: np.random.Generator, draws: int) -> np.n
   return means_C1 + (held.bootstrap_distribution - means_C1) * np.sqrt(rows / (rows - 1))
 
 
+def alike(x_R: np.ndarray) -> bool:
+  """Whether resampling these rows would give nothing but themselves."""
+  return bool(np.ptp(x_R) < EQUAL)
+
+
+def unseen(
+  x_R: np.ndarray, ends: tuple[float, float], random: np.random.Generator, draws: int
+) -> np.ndarray:
+  """How far rows that were not drawn may move the mean of these, which are all alike.
+
+  With confidence 1 - a, at most 1 - a ** (1 / R) of all rows are unlike R that are alike
+  (Clopper and Pearson 1934, none of R), and they are at an end of the scale at most. Half
+  of the draws go to either end.
+  """
+  # A grid rather than random numbers, so that quantiles are the bound itself.
+  chance_N = random.permutation((np.arange(draws) + 0.5) / draws)
+  share_N = 1 - np.minimum(chance_N, 1 - chance_N) ** (1 / x_R.size)
+  return share_N * (np.where(chance_N < 0.5, *ends) - x_R.mean())
+
+
 def flipped(d_PR: np.ndarray, random: np.random.Generator, draws: int) -> np.ndarray:
   """Mean differences under random signs of the rows: `scipy.stats.permutation_test`'s samples.
 

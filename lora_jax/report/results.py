@@ -20,6 +20,7 @@ from lora_jax.presets import ARTICLE_TARGETS, EQUAL_RANK
 from lora_jax.records import RunDirectory, read_json
 from lora_jax.report import costs, statistics
 from lora_jax.report.costs import Cost, Size
+from lora_jax.report.resampling import alike
 from lora_jax.report.statistics import DatasetStatistics, RowScores
 
 BASE = 'base'
@@ -35,7 +36,7 @@ class Entry:
     status: 'done', 'diverged', 'partly diverged' (some seeds; the numbers are those of
       the others), 'needs vision' or 'missing'.
     mean: headline score in 0..100, or None.
-    se: its standard error over test rows; None below two rows.
+    se: its standard error over test rows; None below two rows, and where all are alike.
     rows: test rows.
     seed_means: seed -> headline score of that seed alone.
     difference: score minus the base's over the rows both have, or None.
@@ -315,9 +316,12 @@ def _row_scores(records: Iterable[Mapping[str, Any]], headline: str) -> dict[str
 
 
 def mean_and_se(values: Sequence[float]) -> tuple[float, float | None]:
-  """The mean of at least one value and its standard error, None for a single value."""
+  """The mean of at least one value and its standard error.
+
+  None for a single value, and for equal ones: they say nothing of how others would differ.
+  """
   mean = math.fsum(values) / len(values)
-  if len(values) < 2:
+  if alike(np.asarray(values)):
     return mean, None
   variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
   return mean, math.sqrt(variance / len(values))

@@ -4,7 +4,9 @@ Two things could have turned out otherwise: which rows the test split holds, and
 seeds were trained with. Both are taken into account, together, everywhere below.
 
 - **Rows** are resampled, the same ones for every configuration (`scipy.stats.bootstrap`),
-  or have the signs of their differences flipped (the tests).
+  or have the signs of their differences flipped (the tests). Of rows that are all alike
+  resampling gives nothing else, as if no other row could be unlike them: there it is the
+  exact binomial bound on the share of such rows that says how far a mean may be off.
 - **Seeds** are too few to resample: of three, resampling can give nothing beyond the
   smallest and the largest, and an interval of 95 % covers about 75 %. Instead the error
   of a mean over seeds is drawn from Student's t. Its scale is the standard deviation
@@ -30,7 +32,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lora_jax.report.resampling import EQUAL, flipped, resampled
+from lora_jax.report.resampling import EQUAL, alike, flipped, resampled, unseen
 
 # Of what is called beyond the noise, the share that chance alone may bring about.
 LEVEL = 0.05
@@ -126,19 +128,23 @@ class DatasetStatistics:
 
   Attributes:
     configurations: those with scores.
-    draws_CN: the mean of each as N other samples of rows and seeds would have it.
+    seen_CN: the mean of each as N other samples of the same rows and seeds would have it.
+    draws_CN: the same with what rows unlike any of these may add, see `resampling.unseen`.
     intervals: configuration -> interval of 95 % of its mean; none below two rows.
     comparisons: (first, second) -> comparison; the other way round is not stored.
-    null_PN: the differences of the P comparisons that chance alone brings about.
+    gaps_PN: the differences of the P comparisons, as of `draws_CN`.
+    null_PN: those that chance alone brings about.
     seeds_known: whether some configuration was trained with two seeds or more.
     split: components of variance, or None below two seeds or two target sets.
     rows: on how many rows, over all datasets.
   """
 
   configurations: tuple[str, ...]
+  seen_CN: np.ndarray
   draws_CN: np.ndarray
   intervals: Mapping[str, tuple[float, float]]
   comparisons: Mapping[tuple[str, str], Comparison]
+  gaps_PN: np.ndarray
   null_PN: np.ndarray
   seeds_known: bool
   split: VarianceSplit | None
@@ -175,10 +181,23 @@ def analyse(table: RowScores, configurations: int = 0) -> DatasetStatistics:
   for place, (name, error) in enumerate(errors.scales.items()):
     noise_CN[place] = error * _generator(table, name + table.arm).standard_t(errors.freedom, draws)
   noise_PN = np.array([noise_CN[i] - noise_CN[j] for i, j in pairs]).reshape(len(pairs), draws)
+  seen_CN = resampled(x_CR, _generator(table, 'rows'), draws) + noise_CN
+  draws_CN = seen_CN.copy()
+  for name, x_R, draws_N in zip(names, x_CR, draws_CN, strict=True):
+    if alike(x_R):
+      draws_N += unseen(x_R, (0.0, 100.0), _generator(table, f'unseen {name}{table.arm}'), draws)
+  gaps_PN = np.array([draws_CN[i] - draws_CN[j] for i, j in pairs]).reshape(len(pairs), draws)
+  for place, ((i, j), d_R) in enumerate(zip(pairs, d_PR, strict=True)):
+    if alike(d_R):
+      random = _generator(table, f'unseen {names[i]} {names[j]}{table.arm}')
+      unseen_N = unseen(d_R, (-100.0, 100.0), random, draws)
+      gaps_PN[place] = d_R.mean() + noise_PN[place] + unseen_N
   return _statistics(
     names,
     d_PR.mean(axis=1),
-    resampled(x_CR, _generator(table, 'rows'), draws) + noise_CN,
+    seen_CN,
+    draws_CN,
+    gaps_PN,
     flipped(d_PR, _generator(table, 'signs'), draws) + noise_PN,
     rows=rows,
     seeds_known=errors.known,
@@ -196,7 +215,9 @@ def average(parts: Sequence[DatasetStatistics]) -> DatasetStatistics:
   return _statistics(
     parts[0].configurations,
     np.array([mean([part.comparisons[pair].difference for part in parts]) for pair in pairs]),
+    mean([part.seen_CN for part in parts]),
     mean([part.draws_CN for part in parts]),
+    mean([part.gaps_PN for part in parts]),
     mean([part.null_PN for part in parts]),
     # Of two rows in all no interval can be had where one dataset has a single one.
     rows=min(part.rows for part in parts),
@@ -208,7 +229,9 @@ def average(parts: Sequence[DatasetStatistics]) -> DatasetStatistics:
 def _statistics(
   names: tuple[str, ...],
   differences_P: np.ndarray,
+  seen_CN: np.ndarray,
   draws_CN: np.ndarray,
+  gaps_PN: np.ndarray,
   null_PN: np.ndarray,
   rows: int,
   seeds_known: bool,
@@ -217,20 +240,23 @@ def _statistics(
   pairs = list(itertools.combinations(range(len(names)), 2))
   raw = [_p_value(*found) for found in zip(differences_P, null_PN, strict=True)]
   comparisons = {}
-  for (i, j), difference, p, adjusted in zip(pairs, differences_P, raw, holm(raw), strict=True):
-    low, high = _within(interval(draws_CN[i] - draws_CN[j]), -100.0, 100.0)
+  found = zip(pairs, differences_P, gaps_PN, raw, holm(raw), strict=True)
+  for (i, j), difference, gaps_N, p, adjusted in found:
+    low, high = _hull(seen_CN[i] - seen_CN[j], gaps_N, -100.0, 100.0)
     comparisons[names[i], names[j]] = Comparison(
       _rounded(difference), low, high, _rounded(p), _rounded(adjusted)
     )
   return DatasetStatistics(
     configurations=names,
+    seen_CN=seen_CN,
     draws_CN=draws_CN,
     intervals={
-      name: _within(interval(draws_N), 0.0, 100.0)
-      for name, draws_N in zip(names, draws_CN, strict=True)
+      name: _hull(seen_N, draws_N, 0.0, 100.0)
+      for name, seen_N, draws_N in zip(names, seen_CN, draws_CN, strict=True)
       if rows > 1
     },
     comparisons=comparisons,
+    gaps_PN=gaps_PN,
     null_PN=null_PN,
     rows=rows,
     seeds_known=seeds_known,
@@ -244,9 +270,16 @@ def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
   return _rounded(low), _rounded(high)
 
 
-def _within(bounds: tuple[float, float], least: float, most: float) -> tuple[float, float]:
-  # Errors of seeds and the widening for few rows know no end of the scale.
-  return max(least, bounds[0]), min(most, bounds[1])
+def _hull(
+  seen_N: np.ndarray, draws_N: np.ndarray, least: float, most: float
+) -> tuple[float, float]:
+  """The interval that holds those of both, within the scale."""
+  # Rows at an end of the scale leave others one way to go: that end is moved and not the other.
+  bounds = interval(seen_N), interval(draws_N)
+  low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+  # Errors of seeds and the widening for few rows know no end of the scale. The range of the
+  # rows is no end: those that were not drawn may be beyond it, whatever these few are.
+  return max(least, low), min(most, high)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -55,7 +55,13 @@ def _arm(results: Results, width: int) -> tuple[list[str], dict[str, None]]:
   ]
   if results.averages:
     rows.append(('average', _cells(results.averages, _average, best(results, -1))))
+  entries = [entry for dataset in results.datasets for entry in dataset.entries.values()]
   legend = ['scores 0 to 100, ± standard error over test rows, * highest in its row']
+  averages = results.averages.values()
+  if any(one.mean is not None and one.se is None for one in (*entries, *averages)):
+    legend.append(
+      'no ±: all rows score alike, or there is one, here or on a dataset of the average'
+    )
   if any('†' in cell for _, cells in rows for cell in cells.values()):
     legend.append('† without the seeds that diverged')
   if unseen:
