@@ -31,7 +31,7 @@ def measure(
   batch: Batch,
   turns: int,
   prompt: int,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
   """Times a batch with the base, merged, and with each target set.
 
   Args:

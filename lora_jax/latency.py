@@ -47,8 +47,8 @@ def measure(
   Returns:
     'targets': name -> {'prefill_ms', 'decode_ms' (one token), 'prefill_ratio', 'decode_ratio',
     'prefill_ratio_low', 'prefill_ratio_high', 'decode_ratio_low', 'decode_ratio_high'},
-    medians and quartiles over turns, 'base' included, at equal rank; 'arms': arm -> the same,
-    where there are others.
+    medians and quartiles over turns, and 'prefill_turns_ms' and 'decode_turns_ms', each turn's
+    time, 'base' included, at equal rank; 'arms': arm -> the same, where there are others.
   """
   variants = {of: attached(base, *sets) for of, sets in target_sets.items()}
   times = interleaved(model, base, variants, turns)
@@ -72,7 +72,7 @@ def interleaved(
   rows: int = 1,
   prompt: int = PROMPT_TOKENS,
   label: str = 'latency',
-) -> dict[Any, dict[str, float]]:
+) -> dict[Any, dict[str, Any]]:
   """Times prefill and decoding of the base and of each variant, in turns.
 
   Args:
@@ -125,12 +125,13 @@ def _seconds(run: Callable[[Any], jax.Array], params: Any) -> float:
   return time.perf_counter() - start
 
 
-def _summary(seconds: Mapping[tuple[Any, str], list[float]], name: Any) -> dict[str, float]:
-  summary = {}
+def _summary(seconds: Mapping[tuple[Any, str], list[float]], name: Any) -> dict[str, Any]:
+  summary: dict[str, Any] = {}
   for work, per in (('prefill', 1), ('decode', _DECODE_STEPS)):
     own, of_base = np.asarray(seconds[name, work]), np.asarray(seconds[None, work])
     low, middle, high = np.quantile(own / of_base, (0.25, 0.5, 0.75))
     summary[f'{work}_ms'] = 1e3 * float(np.median(own)) / per
+    summary[f'{work}_turns_ms'] = (1e3 * own / per).tolist()
     summary[f'{work}_ratio'] = float(middle)
     summary[f'{work}_ratio_low'] = float(low)
     summary[f'{work}_ratio_high'] = float(high)

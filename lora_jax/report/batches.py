@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.batch import BASE, MERGED, Batch
-from lora_jax.report import svg, tables
+from lora_jax.report import svg, tables, timings
 from lora_jax.report.document import EVEN, Cell, Document, Figure, Gallery, Section, Table
 from lora_jax.report.tables import code
 
@@ -47,8 +47,8 @@ def sections(held: Mapping[str, Any] | None) -> list[Section]:
     bank = 'each row by its own adapter from a bank of slots' if of.adapters > 1 else 'one for all'
     note = (
       f'Adapters of rank {about["rank"]} unmerged, {bank}; prompts of {about["prompt_tokens"]} '
-      f'tokens, on {tables.device(about)} in {about["dtype"]}. Medians over {about["turns"]} '
-      'turns, quartiles in brackets; a ratio is taken within a turn.'
+      f'tokens, on {tables.device(about)} in {about["dtype"]}. {timings.note(about["turns"])} '
+      'Tokens/s follow from the milliseconds.'
     )
     drawn = [_figure(batch, of, work, title) for work, title in _WORKS]
     blocks = [_table(batch, note), Gallery(drawn, in_markdown=False)]
@@ -57,19 +57,12 @@ def sections(held: Mapping[str, Any] | None) -> list[Section]:
 
 
 def _table(batch: Mapping[str, Any], note: str = '') -> Table:
-  rows = []
-  for name, times in batch['times'].items():
-    cells = [Cell(name if name in (BASE, MERGED) else code(name))]
-    for work, _ in _WORKS:
-      taken, middle = times[f'{work}_ms'], times[f'{work}_ratio']
-      ends = f'{times[f"{work}_ratio_low"]:.2f} to {times[f"{work}_ratio_high"]:.2f}'
-      cells.append(Cell(tables.significant(taken), taken))
-      shown = Cell('1', 1.0) if name == BASE else Cell(f'{middle:.2f}', middle, detail=ends)
-      cells.append(shown)
-    speed = 1e3 * batch['rows'] / times['decode_ms']
-    rows.append([*cells, Cell(tables.significant(speed), speed)])
-  header = ['targets', 'prefill ms', 'ratio to base', 'decoded token ms', 'ratio to base']
-  return Table([*header, 'tokens/s'], rows, 1, note)
+  rows, held = [], batch['times']
+  for name in held:
+    speed = 1e3 * batch['rows'] / timings.milliseconds(held, name, 'decode')
+    title = Cell(name if name in (BASE, MERGED) else code(name))
+    rows.append([title, *timings.cells(held, name), Cell(tables.significant(speed), speed)])
+  return Table(['targets', *timings.HEADER, 'tokens/s'], rows, 1, note)
 
 
 def _figure(batch: Mapping[str, Any], of: Batch, work: str, title: str) -> Figure:

@@ -138,7 +138,7 @@ class Results:
     """The datasets that `averages` is over."""
     return [dataset for dataset in self.datasets if dataset.complete]
 
-  def times(self, configuration: str) -> dict[str, float] | None:
+  def times(self, configuration: str) -> dict[str, Any] | None:
     """The configuration's entry of latency.json, or None."""
     return self.latency['targets'].get(configuration) if self.latency else None
 

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lora_jax.presets import PRESETS
-from lora_jax.report import tables
+from lora_jax.report import tables, timings
 from lora_jax.report.document import Block, Bullets, Cell, Section, Table
 from lora_jax.report.results import BASE, NEEDS_VISION, Entry, Results
 from lora_jax.report.tables import NOTHING, arm_title, code
@@ -211,36 +211,13 @@ def latency(results: Results) -> Section:
   known = [name for name in results.configurations if name in targets]
   names = [*known, *sorted(targets.keys() - set(known))]
 
-  def ratio(name: str, work: str) -> Cell:
-    times = targets[name]
-    low, high = times[f'{work}_ratio_low'], times[f'{work}_ratio_high']
-    middle = times[f'{work}_ratio']
-    if name == BASE:
-      return Cell('1', 1.0)
-    return Cell(f'{middle:.2f}', middle, detail=f'{low:.2f} to {high:.2f}')
-
-  def milliseconds(name: str, work: str) -> Cell:
-    taken = targets[name][f'{work}_ms']
-    return Cell(tables.significant(taken), taken)
-
-  rows = [
-    [
-      code(name),
-      milliseconds(name, 'prefill'),
-      ratio(name, 'prefill'),
-      milliseconds(name, 'decode'),
-      ratio(name, 'decode'),
-    ]
-    for name in names
-  ]
-  header = ['targets', 'prefill ms', 'ratio to base', 'decoded token ms', 'ratio to base']
+  rows = [[code(name), *timings.cells(targets, name)] for name in names]
   note = (
     'Adapters unmerged, one row at a time, on '
-    f'{tables.device(results.latency)} in {results.latency["dtype"]}. Medians over '
-    f'{results.shared["settings"]["latency_turns"]} turns, quartiles in brackets; a ratio is '
-    'taken within a turn, so it need not equal the quotient of the medians.'
+    f'{tables.device(results.latency)} in {results.latency["dtype"]}. '
+    f'{timings.note(results.shared["settings"]["latency_turns"])}'
   )
-  return Section('Latency', [Table(header, rows, 1, note)])
+  return Section('Latency', [Table(['targets', *timings.HEADER], rows, 1, note)])
 
 
 def other_scores(results: Results) -> Section:
