@@ -8,6 +8,7 @@ the records in RUN_DIR/cells and RUN_DIR/latency.json. With several directories,
 its own report, and comparison.html and comparison.md go to --out.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -32,7 +33,8 @@ def main(*directories: str) -> None:
   from lora_jax.report.results import gather
 
   _launcher.imported()
-  runs = [RunDirectory(Path(given).expanduser()) for given in dict.fromkeys(directories)]
+  paths = dict.fromkeys(Path(given).expanduser() for given in directories)
+  runs = [RunDirectory(path) for path in paths]
   for run in runs:
     if not run.path.is_dir():
       raise UserError(f'{run.path}: there is no such directory; give the --out of a run')
@@ -48,7 +50,14 @@ def main(*directories: str) -> None:
   for run, results in zip(runs, gathered, strict=True):
     report.write_results(results, run.path)
     print(f'report: {run.path / "report.html"}')
-  print(comparison.write({run.path.name: r for run, r in zip(runs, gathered, strict=True)}, out))
+  names = _names([run.path for run in runs])
+  print(comparison.write(dict(zip(names, gathered, strict=True)), out))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+  """The directories' own names, or the paths as they were given where two are called alike."""
+  names = [path.name for path in paths]
+  return names if len({*names}) == len(names) else [str(path) for path in paths]
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from planted_run import plant, plant_latency, start
+from report_test import section
 
 from lora_jax.report import report
 
@@ -57,6 +58,18 @@ def test_several_runs_are_compared(run, tmp_path):
     'comparison.html',
     'comparison.md',
   }
+
+
+def test_runs_that_are_called_alike_are_both_compared(tmp_path):
+  paths = [tmp_path / one / 'quick' for one in ('a', 'b')]
+  for path, rows in zip(paths, ([0, 1, 1], [1, 0, 0]), strict=True):
+    plant(start(path), 'medmcqa', 'base', rows)
+  held = command(*paths, f'--out={tmp_path / "both"}')
+  assert held.returncode == 0, held.stderr
+  text = (tmp_path / 'both' / 'comparison.md').read_text()
+  rows = section(text, 'MedMCQA')
+  names = [f'`smollm2-135m-instruct, {path}`' for path in paths]
+  assert [rows['`base`'][name][:4] for name in names] == ['66.7', '33.3']
 
 
 @pytest.mark.parametrize(
