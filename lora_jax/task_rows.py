@@ -97,6 +97,7 @@ class TaskRows:
       'row_length': self.shape.length,
       'shared_prefix': len(self.shape.prefix),
       'prompt_limit': limits.prompt,
+      'answer_limit': limits.completion,
     }
     if self._counts['cut_completions'] > len(encoded) / 2:
       print(

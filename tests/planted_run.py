@@ -102,6 +102,7 @@ def common(test, description):
       'batch_rows': 4,
       'row_length': 512,
       'prompt_limit': 400,
+      'answer_limit': 160,
     },
     'versions': VERSIONS,
   }

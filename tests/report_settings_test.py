@@ -1,10 +1,12 @@
 """The report states how a run came about: its settings, its base, its rows."""
 
 import json
+import re
 
-from planted_run import plant, plant_latency, start, written
+from planted_run import plant, plant_latency, plant_status, start, written
 from report_test import section
 
+from lora_jax.data.tasks import TASKS
 from lora_jax.records import Cell, write_json
 
 
@@ -89,6 +91,21 @@ def test_what_is_known_of_a_datasets_rows_beside_their_numbers_is_said(tmp_path)
   write_json(file, record)
   says = 'Scored are the first 2 of 4,183 test rows, in their order;'
   assert f'- MedMCQA: Posed plainly. {says} standard errors take them' in written(run)[0]
+
+
+def test_what_did_not_happen_is_not_told(tmp_path):
+  run = start(tmp_path)
+  plant(run, 'medmcqa', 'base', [0, 1])
+  unread = {'source': 'x', 'description': 'synthetic rows, seed 0, 512 train, 12 test', 'note': ''}
+  plant_status(run, 'llava_cot', 'base', 'needs vision', rows=unread)
+  text, held, _ = written(run)
+  rows = section(text, 'Rows and tasks')
+  assert rows['LLaVA-CoT']['source'] == 'synthetic rows, seed 0'
+  assert rows['MedMCQA']['source'].endswith(', 300 train, 120 test')
+  assert (rows['LLaVA-CoT']['answer limit'], rows['MedMCQA']['answer limit']) == ('-', '160')
+  assert held['datasets']['llava_cot']['rows']['description'] == 'synthetic rows, seed 0'
+  # What holds in a run is for its report to say.
+  assert not [name for name, task in TASKS.items() if re.search(r'\d tokens', task.note)]
 
 
 def test_no_path_of_the_machine_gets_in(tmp_path):

@@ -33,8 +33,8 @@ TASK = Task(
   synthetic=synthetic_reports.rows,
   max_new_tokens=512,
   note=(
-    'The model reads the start of the report, as far as the token budget goes, and writes at '
-    'most 512 tokens; it is scored against the whole reference summary, which bounds recall '
+    'The model reads the start of the report, as far as the token budget goes, and writes no more '
+    'than the answer limit; it is scored against the whole reference summary, which bounds recall '
     'where the reference is longer. ROUGE with Porter stemming.'
   ),
 )

@@ -168,7 +168,7 @@ def _others(results: Results) -> dict[str, Any]:
 
 def _dataset(results: Results, dataset: Dataset) -> dict[str, Any]:
   split = dataset.statistics.split if dataset.statistics else None
-  rows = dict(dataset.rows, description=sections.portable(dataset.rows['description']))
+  rows = dict(dataset.rows, description=sections.source_of(dataset.rows))
   return {
     'title': dataset.title,
     'headline': dataset.headline,

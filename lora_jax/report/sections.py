@@ -47,12 +47,17 @@ def preset_name(settings: dict[str, Any]) -> str | None:
   return None
 
 
-def portable(description: str) -> str:
-  """A source's description without the directories that only this machine has."""
-  found = re.fullmatch(r'directory (/.+)(, \d+ train, \d+ test)', description)
-  if not found:
-    return description
-  return f'directory {"/".join(PurePath(found[1]).parts[-2:])}{found[2]}'
+def source_of(rows: dict[str, Any]) -> str:
+  """What a record says of its rows' source, without the directories that only this machine has.
+
+  Nor how many rows there are, where none were read.
+  """
+  described = rows['description']
+  source = re.sub(r', \d+ train, \d+ test$', '', described)
+  counts = described[len(source) :] if 'test' in rows else ''
+  if found := re.fullmatch('directory (/.+)', source):
+    source = f'directory {"/".join(PurePath(found[1]).parts[-2:])}'
+  return source + counts
 
 
 def what_was_run(results: Results) -> str:
@@ -238,25 +243,26 @@ def rows_and_tasks(results: Results) -> Section:
   rows = [
     [
       dataset.title,
-      portable(dataset.rows['description']),
+      source_of(dataset.rows),
       *(str(dataset.rows.get(key, NOTHING)) for key in ('train', 'eval', 'test')),
       _batch(dataset.rows),
       *(
         str(dataset.rows.get(key, NOTHING))
-        for key in ('prompt_limit', 'left_out', 'cut_completions')
+        for key in ('prompt_limit', 'answer_limit', 'left_out', 'cut_completions')
       ),
     ]
     for dataset in results.datasets
   ]
   header = ['dataset', 'source', 'trained on', 'watched', 'scored']
-  header += ['batch', 'prompt limit', 'left out', 'completions cut']
+  header += ['batch', 'prompt limit', 'answer limit', 'left out', 'completions cut']
   notes = [f'{d.title}: {note}' for d in results.datasets if (note := _note(d.rows))]
   note = (
     'Watched: rows of the train split kept out of training to follow the loss. Batch: rows '
     'times tokens of a training step; such a row packs several of the data where they are short. '
-    'Prompt limit: tokens of a prompt, whose document is cut to fit. Left out: training '
-    'rows whose prompt does not fit. Completions cut: training targets longer than an answer may '
-    f'be, at most {results.shared["settings"]["eval"]["max_new_tokens"]} tokens.'
+    'Prompt limit: tokens of a prompt, whose document is cut to fit. Answer limit: tokens of an '
+    f'answer, at most {results.shared["settings"]["eval"]["max_new_tokens"]} tokens. Left out: '
+    'training rows whose prompt does not fit. Completions cut: training targets longer than an '
+    'answer may be.'
   )
   return Section(
     'Rows and tasks', [Table(header, rows, 2, note), *([Bullets(notes)] if notes else [])]
