@@ -217,7 +217,7 @@ if __name__ == '__main__':
     'tokens_per_batch': flags.DEFINE_integer('tokens_per_batch', 1024, 'Tokens of a step.'),
     'max_length': flags.DEFINE_integer('max_length', 512, 'Longest row, in tokens.'),
     'train_rows': flags.DEFINE_integer('train_rows', 512, 'Rows to train on.', lower_bound=1),
-    'eval_rows': flags.DEFINE_integer('eval_rows', 32, 'Rows kept out.', lower_bound=1),
+    'eval_rows': flags.DEFINE_integer('eval_rows', 32, 'Validation rows.', lower_bound=1),
   }
   _JSON = flags.DEFINE_string('json', None, 'Where to keep the records.')
 

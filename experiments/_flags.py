@@ -107,7 +107,7 @@ def changed(settings: Settings) -> Settings:
       f'--max_length={settings.train.max_length}: give at least {_LEAST_LENGTH} tokens'
     )
   if given('eval_rows') == 0 and (settings.train.patience or settings.train.keep_best):
-    raise UserError('--eval_rows=0 leaves no rows for --patience and --keep_best to watch')
+    raise UserError('--eval_rows=0 leaves --patience and --keep_best no validation rows')
   changes = {'dtype': dtype(), 'quantize': given('quantize') or settings.train.quantize}
   return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 

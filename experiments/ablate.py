@@ -62,8 +62,8 @@ _ARMS = flags.DEFINE_list(
 _LEARNING_RATES = flags.DEFINE_list(
   'learning_rates',
   [],
-  'Rates to choose from for each target set and dataset, by the loss on rows kept out; with the '
-  'first seed.',
+  'Rates to choose from for each target set and dataset, by the validation loss; with the first '
+  'seed.',
 )
 _PACK = flags.DEFINE_integer(
   'pack',

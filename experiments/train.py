@@ -5,9 +5,9 @@ r"""Trains a LoRA adapter on your own JSON lines.
     --epochs=2 --eval_every=10 --patience=3 --track=tensorboard --out=mine
 
 A line is {"messages": [{"role", "content"}, ...]} or {"prompt": ..., "completion": ...};
-the assistant's answers are learned. Some rows are kept out to watch the loss on, and the
-adapter of the lowest one is written to OUT/adapter in PEFT's format, which
-`experiments.evaluate`, `.merge`, `.chat`, PEFT and servers read. Ctrl-C keeps the best so far.
+the assistant's answers are learned. Some rows are for validation, and the adapter of the
+lowest loss on them is written to OUT/adapter in PEFT's format, which `experiments.evaluate`,
+`.merge`, `.chat`, PEFT and servers read. Ctrl-C keeps the best so far.
 """
 
 import dataclasses
@@ -26,16 +26,18 @@ from lora_jax.tracking import PACKAGES, check_trackers
 _ROWS = FileConfig()
 
 _DATA = flags.DEFINE_string('data', None, 'The file of rows to learn.')
-_EVAL_DATA = flags.DEFINE_string('eval_data', None, 'A file of rows to watch the loss on.')
+_EVAL_DATA = flags.DEFINE_string('eval_data', None, 'A file of validation rows.')
 _EVAL_SHARE = flags.DEFINE_float(
-  'eval_share', _ROWS.eval_share, 'Without --eval_data: share of the rows that is kept out for it.'
+  'eval_share', _ROWS.eval_share, 'Without --eval_data: share of the rows that is for validation.'
 )
 _LAST_ONLY = flags.DEFINE_bool(
   'last_only', _ROWS.last_only, 'Learn the last answer of each row alone.'
 )
 _EPOCHS = flags.DEFINE_float('epochs', _ROWS.epochs, 'Passes over the rows; --steps goes before.')
 _TARGETS = flags.DEFINE_string('targets', 'o_proj,fc2', 'Modules to adapt, joined by commas.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the adapter, the order of rows and what is kept out.')
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Of the adapter, the order of rows and the validation rows.'
+)
 _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
 _TRACK = flags.DEFINE_list('track', [], f'Where metrics go too: {", ".join(PACKAGES)}.')
 _flags.define_base()
@@ -83,12 +85,12 @@ def main() -> None:
   for note in rows.notes:
     print(note, file=sys.stderr)
   print(
-    f'{len(rows.train)} rows to learn, {len(rows.watched)} to watch, {rows.steps} steps of '
+    f'{len(rows.train)} rows to learn, {len(rows.watched)} for validation, {rows.steps} steps of '
     f'{rows.shape.rows} x {rows.shape.length} tokens',
     file=sys.stderr,
   )
   if settings.train.patience and not rows.watched:
-    print('no rows watch the loss, so --patience changes nothing', file=sys.stderr)
+    print('there are no validation rows, so --patience changes nothing', file=sys.stderr)
   model, params = _flags.put_on_device(base, settings.train)
   with _launcher.stop_on_interrupt('stopping after this step') as stop:
     try:
@@ -112,7 +114,7 @@ def _file_config() -> FileConfig:
 
 def _report(outcome, adapter: Path) -> None:
   reasons = {
-    'patience': 'stopped early: the loss on the rows kept out fell no more',
+    'patience': 'stopped early: the validation loss fell no more',
     'interrupted': 'stopped',
     'diverged': 'stopped: updates were not finite any more',
   }
@@ -125,14 +127,14 @@ def _report(outcome, adapter: Path) -> None:
   line = f'step {outcome.kept_step} is kept'
   if outcome.kept_step in watched:
     best = 'the best, ' if watched[outcome.kept_step] == min(watched.values()) else ''
-    line += f': {best}loss on the rows kept out {watched[outcome.kept_step]:.4f}'
+    line += f': {best}validation loss {watched[outcome.kept_step]:.4f}'
     if 0 in watched:
       line += f', base {watched[0]:.4f}'
   elif not watched:
-    line += ', the last: no rows watched the loss'
+    line += ', the last: there are no validation rows'
   print(line)
   if 0 in watched and watched.get(outcome.kept_step, 0.0) >= watched[0]:
-    print('no adapter was better than the base on the rows kept out', file=sys.stderr)
+    print('no adapter had a lower validation loss than the base', file=sys.stderr)
   print(f'adapter: {adapter}')
 
 

@@ -194,7 +194,7 @@ def score_pack(
 
 
 # Numbers of some prompts (P of them), and what was found for each: generated tokens (C, P, T),
-# or log probabilities of the next token (C, P, V). P may go on with what is of no prompt.
+# or log probabilities of the next token (C, P, V). What is beyond the prompts along P is padding.
 _Answers = Iterator[tuple[Sequence[int], np.ndarray]]
 
 

@@ -88,8 +88,9 @@ def may_be_idle(cells: int) -> bool:
 def kind(adapters: Mapping[str, Any], config: LoraConfig) -> tuple:
   """What cells must have in common to share a union tree.
 
-  Fused modules must agree, since a kernel has one A; what trains beside the adapters must,
-  since zeros would not be inert there; and the rest is of the program itself.
+  The same modules must be fused, since a kernel has one A; the same norms and biases must
+  train, since zeros would not be inert there; and DoRA, initialisation and dropout must be the
+  same, since other ones make another program.
   """
   fused = sorted(path for path in flat(adapters) if path.split('/')[-2] in FUSED)
   return config.dora, config.init, config.dropout, config.train_also, tuple(fused)

@@ -1,4 +1,4 @@
-"""A dataset's rows as a base is posed them: read, encoded, split and shaped.
+"""A dataset's rows made ready for one base: read, encoded, split and shaped.
 
     rows = TaskRows(task, source, base, settings, cache_dir, sight)
     rows.look()              # where there are images, a tower looks at all of them
@@ -28,7 +28,7 @@ from lora_jax.sight import Sight
 
 
 class TaskRows:
-  """A dataset's rows as this base is posed them: encoded, split and shaped.
+  """A dataset's rows made ready for one base.
 
   Attributes:
     task: the dataset.
@@ -73,8 +73,8 @@ class TaskRows:
     kept_out = config.eval_rows if len(encoded) >= 2 * config.eval_rows else 0
     if kept_out < config.eval_rows:
       print(
-        f'{task.name}: no loss is watched, since {len(encoded)} rows are too few to keep '
-        f'{config.eval_rows} out; lower --eval_rows',
+        f'{task.name}: no validation loss, since {len(encoded)} rows are too few to take '
+        f'{config.eval_rows} of them for it; lower --eval_rows',
         file=sys.stderr,
       )
     self.train = encoded[: len(encoded) - kept_out]

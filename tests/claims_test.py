@@ -178,6 +178,8 @@ def test_c6_o_proj_is_within_two_percent(run):
   assert verdict(run, 'C6') == HOLDS
   drop(run, 'fincot', 'o_proj')
   assert verdict(run, 'C6') == UNDETERMINED
+  (says,) = judge(gather(run))[5].numbers
+  assert says.endswith('(needs at least 4 complete datasets; there are 3)')
 
 
 def test_c7_follows_the_times(run):

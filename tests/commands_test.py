@@ -76,9 +76,7 @@ def test_training_leaves_the_best_adapter_and_its_record(trained):
   best = record['train']['kept_step']
   assert losses[best] == min(losses[step] for step in (2, 4, 6))
   assert losses[best] < losses[0]
-  assert (
-    f'step {best} is kept: the best, loss on the rows kept out {losses[best]:.4f}' in held.stdout
-  )
+  assert f'step {best} is kept: the best, validation loss {losses[best]:.4f}' in held.stdout
   assert held.stdout.splitlines()[-1] == f'adapter: {out / "adapter"}'
   assert record['rows']['train'] + record['rows']['eval'] == 40
   assert record['job']['train']['steps'] == 6

@@ -31,8 +31,8 @@ def test_an_early_end_and_the_best_adapter_are_said(tmp_path):
   run = start(tmp_path, patience=3, keep_best=True)
   plant(run, 'medmcqa', 'base', [0, 1])
   text, _, _ = written(run)
-  assert 'ended after 3 evaluations in a row without a lower loss on rows kept out' in text
-  assert 'with the adapter of the lowest loss on rows kept out;' in text
+  assert 'ended after 3 evaluations in a row without a lower validation loss' in text
+  assert 'with the adapter of the lowest validation loss;' in text
 
 
 def test_scores_that_mean_little_are_told_so(tmp_path):
@@ -142,7 +142,7 @@ def test_learning_rates_are_told_with_what_they_were_chosen_by(tmp_path):
   shared['shared']['learning_rates'] = [1e-4, 1e-3]
   write_json(run.path / 'run.json', shared)
   text, held, _ = written(run)
-  assert 'peak rate of whichever of 0.0001, 0.001 has the lowest loss on rows kept out' in text
+  assert 'peak rate of whichever of 0.0001, 0.001 has the lowest validation loss' in text
   assert held['rates'] == {'medmcqa': {'o_proj': tried}}
   row = section(text, 'Learning rates')['MedMCQA']
   assert row == {'dataset': 'MedMCQA', '`o_proj`': '0.0001 (0.0001: 2.500, 0.001: diverged)'}

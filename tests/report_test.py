@@ -247,7 +247,7 @@ def test_what_was_run_is_said(run):
   ):
     assert fact in text
   rows = section(text, 'Rows and tasks')['MedMCQA']
-  assert (rows['trained on'], rows['watched'], rows['scored']) == ('292', '8', '4')
+  assert (rows['trained on'], rows['validation'], rows['scored']) == ('292', '8', '4')
   assert rows['batch'] == '4 × 512'
   assert '- MedMCQA: Posed plainly.' in text
   assert 'Note:' not in text

@@ -100,7 +100,7 @@ def test_rows_too_few_to_watch_a_loss_on_are_told(tmp_path, capsys):
   assert (len(rows.train), rows.eval_batches) == (6, [])
   # The task's own limit, where it is less than that of the settings.
   assert rows.counts()['answer_limit'] == GRID.tasks[0].max_new_tokens < 8
-  assert 'medmcqa: no loss is watched, since 6 rows' in capsys.readouterr().err
+  assert 'medmcqa: no validation loss, since 6 rows' in capsys.readouterr().err
   few = dataclasses.replace(settings, train=dataclasses.replace(settings.train, eval_rows=3))
   rows = TaskRows(GRID.tasks[0], source, bases.load('tiny'), few, tmp_path, None)
   assert (len(rows.train), len(rows.eval_batches)) == (3, 1)

@@ -24,7 +24,7 @@ def curve(held: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     above, below = panels[0, column], panels[1, column]
     _draw(above, lines, 'loss', 'training', color='0.7')
     for of in ('known', 'new', 'blank'):
-      _draw(above, lines, f'{of}/loss', f'kept out, {of}', marker='.')
+      _draw(above, lines, f'{of}/loss', f'validation, {of}', marker='.')
     shown = [
       _draw(below, lines, f'{of}/{share}', f'{share}, {of}', marker='.', linestyle=style)
       for share in _SHARES

@@ -301,8 +301,12 @@ def _near(view: View) -> list[Statement]:
   both = [dataset for dataset in view.datasets if view.known(dataset, pair)]
   percent = view.percent(both, O_PROJ_FC2, O_PROJ, of=O_PROJ_FC2)
   says = 'shortfall on average'
-  if len(both) < ENOUGH or len(both) < len(view.datasets) or percent is None:
+  if len(both) < ENOUGH:
     return [Statement(f'{says} ({too_few(len(both))})', None)]
+  if len(both) < len(view.datasets):
+    return [Statement(f'{says} ({len(both)} of {len(view.datasets)} datasets have both)', None)]
+  if percent is None:
+    return [Statement(f'{says} (scores are too low for a share of them)', None)]
   middle, low, high = percent
   so = True if high <= NEAR_PERCENT else False if low > NEAR_PERCENT else None
   return [Statement(f'{says} {spread(middle, low, high)} %', so)]

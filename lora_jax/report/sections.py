@@ -97,7 +97,7 @@ def _peak(results: Results) -> str:
   if not tried:
     return f'{results.shared["settings"]["optim"]["learning_rate"]:g}'
   rates = ', '.join(f'{rate:g}' for rate in tried)
-  return f'whichever of {rates} has the lowest loss on rows kept out (see "Learning rates")'
+  return f'whichever of {rates} has the lowest validation loss (see "Learning rates")'
 
 
 def _ends(train: dict[str, Any]) -> str:
@@ -105,9 +105,9 @@ def _ends(train: dict[str, Any]) -> str:
   ends = ''
   if train.get('patience'):
     after = plural(train['patience'], 'evaluation')
-    ends += f', ended after {after} in a row without a lower loss on rows kept out'
+    ends += f', ended after {after} in a row without a lower validation loss'
   if train.get('keep_best'):
-    ends += ', with the adapter of the lowest loss on rows kept out'
+    ends += ', with the adapter of the lowest validation loss'
   return ends
 
 
@@ -152,8 +152,8 @@ def rates(results: Results) -> Section:
       blocks.append(Table(['dataset', *map(code, names)], rows))
   if blocks:
     blocks.append(
-      'The rate with the lowest completion loss, nats a token, on rows of the train split that '
-      'were kept out, tried with one seed and used for all; in brackets every rate with its loss.'
+      'The rate with the lowest validation loss, nats a token of the completions, tried with one '
+      'seed and used for all; in brackets every rate with its loss.'
     )
   return Section('Learning rates', blocks)
 
@@ -253,16 +253,16 @@ def rows_and_tasks(results: Results) -> Section:
     ]
     for dataset in results.datasets
   ]
-  header = ['dataset', 'source', 'trained on', 'watched', 'scored']
+  header = ['dataset', 'source', 'trained on', 'validation', 'scored']
   header += ['batch', 'prompt limit', 'answer limit', 'left out', 'completions cut']
   notes = [f'{d.title}: {note}' for d in results.datasets if (note := _note(d.rows))]
+  most = results.shared['settings']['eval']['max_new_tokens']
   note = (
-    'Watched: rows of the train split kept out of training to follow the loss. Batch: rows '
-    'times tokens of a training step; such a row packs several of the data where they are short. '
-    'Prompt limit: tokens of a prompt, whose document is cut to fit. Answer limit: tokens of an '
-    f'answer, at most {results.shared["settings"]["eval"]["max_new_tokens"]} tokens. Left out: '
-    'training rows whose prompt does not fit. Completions cut: training targets longer than an '
-    'answer may be.'
+    'Validation: rows of the train split that are not trained on, for the validation loss. '
+    'Batch: rows times tokens of a training step; such a row packs several of the data where they '
+    'are short. Prompt limit: tokens of a prompt, whose document is cut to fit. Answer limit: '
+    f'those of an answer, at most {most} tokens. Left out: training rows whose prompt does '
+    'not fit. Completions cut: training targets longer than an answer may be.'
   )
   return Section(
     'Rows and tasks', [Table(header, rows, 2, note), *([Bullets(notes)] if notes else [])]

@@ -125,7 +125,7 @@ def count(sides: Sequence[bool | None]) -> str:
 
 def too_few(found: int) -> str:
   """Why nothing can be said of datasets in general."""
-  return f'{found} datasets have what it takes, at least {ENOUGH} are needed'
+  return f'needs at least {ENOUGH} complete datasets; there {"is" if found == 1 else "are"} {found}'
 
 
 def numbers_of(comparison: Comparison | None) -> str:
