@@ -175,6 +175,12 @@ def score_pack(
     questions: the test rows.
     batch_rows: prompts that run together, those of all cells counted.
     what: name of the work for the progress display.
+
+  Returns:
+    The scores of each of the `cells`, in their order; `seconds` is each one's share.
+
+  Raises:
+    UserError: a choice is not one token of this base.
   """
   batch_rows = max(1, batch_rows // pack.cells)
   if questions.task.choices is not None:

@@ -57,6 +57,22 @@ class SelfAttention:
     scale: float | None = None,
     cap: float = 0.0,
   ) -> jax.Array:
+    """Attends as `attention.self_attend` does, by `implementation`.
+
+    Args:
+      q_BTNH: queries; N is a multiple of K.
+      k_BKTH: keys of the same tokens.
+      v_BKTH: values of the same tokens.
+      positions_BT: position of each token in its sequence, rising within a sequence.
+      segments_BT: the packed sequence that each token belongs to, `attention.SHARED` for those
+        that all of a row see, which only come where `shared_prefix` is; None: one a row.
+      window: how many of the latest tokens, its own included, a query sees; None: all.
+      scale: what scores are multiplied by; None: H ** -0.5.
+      cap: of the scores, see `attention.softcap`.
+
+    Returns:
+      out_BTNH in the dtype of the queries.
+    """
     factor = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     in_segments, windowed = segments_BT is not None, window is not None
     match self.implementation(q_BTNH, in_segments, windowed, cap):

@@ -166,6 +166,18 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, layer, positions_BT, segments_BT, past):
+    """Attends among the tokens of this call, or to earlier ones and these.
+
+    Args:
+      x_BTD: normalised hidden states.
+      layer: this layer's own `Layer`.
+      positions_BT: each token's position in its own sequence.
+      segments_BT: as in `Transformer`, or None; not read where there is a past.
+      past: ((k_BKSH, v_BKSH), positions_BS) of each earlier stretch, this layer's alone.
+
+    Returns:
+      out_BTD, and (k_BKTH, v_BKTH) of these tokens, keys rotated.
+    """
     c = self.config
     kv_dim = c.num_kv_heads * c.head_dim
     split = lambda x, heads: x.reshape(*x.shape[:2], heads, c.head_dim)
@@ -235,6 +247,19 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, past_kv, layer, positions_BT, segments_BT, past_positions):
+    """Runs one block.
+
+    Args:
+      x_BTD: hidden states: what `scan` carries from layer to layer.
+      past_kv: (k_BKSH, v_BKSH) of each earlier stretch, of this layer.
+      layer: this layer's own `Layer`.
+      positions_BT: each token's position in its own sequence.
+      segments_BT: as in `Transformer`, or None.
+      past_positions: positions_BS of each earlier stretch, the same in all layers.
+
+    Returns:
+      x_BTD after the block, and (k_BKTH, v_BKTH) of these tokens: what `scan` stacks.
+    """
     c = self.config
     past = [*zip(past_kv, past_positions, strict=True)]
     normed = _norm(c, 'input_layernorm')(x_BTD)
