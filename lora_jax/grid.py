@@ -4,7 +4,8 @@
   for wave, outcomes in trainer.train(jobs, shape): ...
 
 A wave is as many cells as the device's memory holds, by what their compiled program
-says that it takes.
+says that it takes; on a CPU, where more would take no less time, at most as many as fill
+`CPU_POSITIONS`.
 """
 
 import sys
