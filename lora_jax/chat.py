@@ -22,11 +22,12 @@ import numpy as np
 
 from lora_jax.data.messages import Messages, fit_prompt
 from lora_jax.errors import UserError
+from lora_jax.head import head_kernel, logits
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.kernels import Kernel
 from lora_jax.sampling import GREEDY, Draw, Sampling, choose
 from lora_jax.text_stream import TextStream
-from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer
 
 # Prompts are padded to this times a power of two: each length is a program to compile.
 _SHORTEST = 128

@@ -21,10 +21,11 @@ import numpy as np
 from lora_jax import packs
 from lora_jax.data.encode import Encoded
 from lora_jax.data.pipeline import BatchShape, batch_shape, filled, groups
+from lora_jax.head import head_kernel, logits
 from lora_jax.kernels import Kernel
 from lora_jax.parts import part_rows
 from lora_jax.step import for_batches
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer
 
 # Of a batch to train on, what reading takes.
 _READ = ('tokens', 'positions', 'segments')

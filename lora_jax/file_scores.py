@@ -23,11 +23,12 @@ from lora_jax.data.encode import Encoded
 from lora_jax.data.messages import Conversation
 from lora_jax.data.task import Task
 from lora_jax.evaluate import Questions, Scores, pad_prompts, score_task
+from lora_jax.head import head_kernel, logits
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.loss import completion_loss
 from lora_jax.progress import Progress
 from lora_jax.report.results import mean_and_se
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

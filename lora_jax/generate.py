@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.head import head_kernel, logits
 from lora_jax.kernels import Kernel
 from lora_jax.packs import Pack
 from lora_jax.parts import part_rows
-from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer
 from lora_jax.vision import Features
 
 Params = Mapping[str, Any]

@@ -15,10 +15,11 @@ import numpy as np
 
 from lora_jax import lora, lora_family
 from lora_jax.config import LoraConfig
+from lora_jax.head import head_kernel, logits
 from lora_jax.kernels import Kernel
 from lora_jax.presets import EQUAL_RANK
 from lora_jax.progress import Progress
-from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer
 
 # A set of targets, and its arm.
 Target = tuple[str, str]

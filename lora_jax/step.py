@@ -20,11 +20,12 @@ import optax
 from lora_jax import lora, packs
 from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.data.pipeline import Batch, BatchShape
+from lora_jax.head import head_kernel, logits
 from lora_jax.loss import CHUNK, completion_loss, with_target
 from lora_jax.optim import Hyper, optimizer
 from lora_jax.parts import part_rows
 from lora_jax.self_attention import SelfAttention
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer
 from lora_jax.vision import Features
 
 Params = Mapping[str, Any]

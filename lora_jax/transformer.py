@@ -27,8 +27,7 @@ logits, so that a loss on few positions does not pay for the vocabulary on all.
   logits_BTV = model.apply({'params': params}, hidden_BTD, method='head')
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -41,13 +40,10 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax import rotary
 from lora_jax.attention import attend, causal_mask, softcap
 from lora_jax.config import ModelConfig
-from lora_jax.kernels import Kernel, TableKernel, dot
+from lora_jax.head import logits
 from lora_jax.layers import ACTIVATIONS, Dense
 from lora_jax.self_attention import SelfAttention
 from lora_jax.vision import CHANNELS, Connector, Features, VisionTower
-
-# Of a table of embeddings multiplied as it lies, a CPU makes the most of between so many rows.
-_AS_IT_LIES = {'float32': (9, math.inf), 'bfloat16': (2, 64)}
 
 
 @flax.struct.dataclass
@@ -374,42 +370,3 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
   """Random float32 parameters."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   return dict(Transformer(config).init(key, tokens, method='init_all')['params'])
-
-
-def head_kernel(model: Transformer, params: Mapping[str, Any], rows: int | None = None) -> Kernel:
-  """The head as a kernel (D, V), as it is best laid out for many products.
-
-  A tied table is (V, D) and the product wants (D, V). Turning it is a copy, and multiplying it
-  as it lies is as fast on a CPU for some numbers of rows and several times slower for others
-  (BUILD_NOTES.md, Speed).
-
-  Args:
-    model: the Transformer.
-    params: its parameters.
-    rows: hidden states in one product, where they may be few; None: many.
-  """
-  if not model.config.tie_embeddings:
-    return params['lm_head']['kernel']
-  table_VD = params['embed_tokens']['embedding'].astype(model.dtype)
-  least, most = _AS_IT_LIES.get(jnp.dtype(model.dtype).name, _AS_IT_LIES['bfloat16'])
-  if least <= (math.inf if rows is None else rows) <= most:
-    return TableKernel(table_VD)
-  return jax.lax.optimization_barrier(table_VD.T)
-
-
-def logits(
-  model: Transformer,
-  hidden: jax.Array,
-  kernel: Kernel,
-  dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-  """Hidden states (..., D) times the head's kernel (D, V): float32 logits (..., V).
-
-  Args:
-    model: the Transformer, which may cap its logits.
-    hidden: hidden states after the last norm.
-    kernel: from `head_kernel`.
-    dtype: what products are rounded to. Where something is chosen by the logits they
-      are not to be rounded to less than float32: in bfloat16, choices would tie.
-  """
-  return softcap(dot(hidden, kernel, dtype).astype(jnp.float32), model.config.logit_cap)

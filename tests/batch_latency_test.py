@@ -18,11 +18,12 @@ from lora_jax.bank_kernel import BankKernel
 from lora_jax.batch import Batch, batches
 from lora_jax.config import LoraConfig
 from lora_jax.errors import UserError
+from lora_jax.head import head_kernel
 from lora_jax.records import RunDirectory
 from lora_jax.report import batches as tables
 from lora_jax.report.document import markdown
 from lora_jax.report.page import render
-from lora_jax.transformer import KeyValues, head_kernel
+from lora_jax.transformer import KeyValues
 from lora_jax.versions import processor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 from tiny_model import CONFIG, MODEL
 
+from lora_jax.head import head_kernel, logits
 from lora_jax.kernels import dense
 from lora_jax.rotary import frequencies, rotate
 from lora_jax.self_attention import SelfAttention
@@ -19,8 +20,6 @@ from lora_jax.transformer import (
   RMSNorm,
   Transformer,
   abstract_params,
-  head_kernel,
-  logits,
 )
 
 # Two sequences of 5 and 4 tokens in a row, and one of 9.

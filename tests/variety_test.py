@@ -13,8 +13,9 @@ from lora_jax import lora
 from lora_jax.choices import next_log_probs, pack_prompts
 from lora_jax.config import RopeScaling
 from lora_jax.generate import generate
+from lora_jax.head import head_kernel, logits
 from lora_jax.step import batch_loss
-from lora_jax.transformer import NOWHERE, KeyValues, Transformer, head_kernel, init_params, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer, init_params
 
 CONFIG = dataclasses.replace(
   tiny_model.CONFIG,

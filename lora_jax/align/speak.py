@@ -17,9 +17,10 @@ from lora_jax.align.recipe import Recipe, Stage
 from lora_jax.data import tiles
 from lora_jax.drawings.fonts import Face
 from lora_jax.errors import UserError
+from lora_jax.head import head_kernel, logits
 from lora_jax.hub.base import Base
 from lora_jax.loss import completion_loss
-from lora_jax.transformer import Transformer, head_kernel, logits
+from lora_jax.transformer import Transformer
 from lora_jax.vision import Features
 
 # Drawings in a row whose questions are all too long.

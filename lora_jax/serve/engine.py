@@ -25,6 +25,7 @@ import numpy as np
 
 from lora_jax.bank_kernel import NONE
 from lora_jax.errors import UserError
+from lora_jax.head import head_kernel
 from lora_jax.hub import peft
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.sampling import GREEDY
@@ -35,7 +36,7 @@ from lora_jax.serve.library import Library
 from lora_jax.serve.rows import Rows, Seat, decode, read_prompts
 from lora_jax.serve.schedule import Schedule
 from lora_jax.serve.slots import Slots
-from lora_jax.transformer import Transformer, head_kernel
+from lora_jax.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ import numpy as np
 
 from lora_jax.bank_kernel import Bank
 from lora_jax.config import ModelConfig
+from lora_jax.head import logits
 from lora_jax.kernels import Kernel
 from lora_jax.sampling import Draw, Sampling, choose_rows
 from lora_jax.serve.bank import attach
-from lora_jax.transformer import NOWHERE, KeyValues, Transformer, logits
+from lora_jax.transformer import NOWHERE, KeyValues, Transformer
 
 Params = Mapping[str, Any]
 # XLA's seeds are of 32 bits.
