@@ -18,8 +18,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _flags, _launcher, _lora_flags
-from lora_jax.config import METRICS, SHORT_METRICS
+from experiments import _data_flags, _flags, _launcher, _lora_flags
 from lora_jax.errors import UserError
 from lora_jax.presets import (
   ARMS,
@@ -28,28 +27,11 @@ from lora_jax.presets import (
   EQUAL_RANK,
   PRESET_TARGETS,
   PRESETS,
-  SYNTHETIC_TEST,
-  SYNTHETIC_TRAIN,
   Settings,
 )
 
 _TARGETS = flags.DEFINE_multi_string(
   'targets', [], 'A set of targets, joined by commas; repeat the flag for more sets.'
-)
-_DATASETS = flags.DEFINE_list('datasets', None, 'Datasets; all seven if not given.')
-_DATA = flags.DEFINE_string(
-  'data',
-  'synthetic',
-  "Where rows come from: 'synthetic', 'hub', a directory, or a file of your own (.jsonl).",
-)
-_METRIC = flags.DEFINE_enum(
-  'metric', None, [*METRICS, *SHORT_METRICS], 'How answers to rows of your own are compared.'
-)
-_TEST_DATA = flags.DEFINE_string(
-  'test_data', None, 'File of your own rows to test on; a fifth of --data if not given.'
-)
-_CHOICES = flags.DEFINE_list(
-  'choices', [], 'For --metric=choice: what to choose from; the answers in the file if not given.'
 )
 _PRESET = flags.DEFINE_enum('preset', 'quick', list(PRESETS), 'Settings to start from.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds; a cell for each.')
@@ -122,34 +104,12 @@ def _learning_rates(settings: Settings) -> tuple[float, ...]:
   return rates
 
 
-def _own_metric() -> str:
-  """How --data is compared where it is a file of the user's own rows; '' where it is not.
-
-  Raises:
-    UserError: a flag that goes with such a file is missing, or is given without one.
-  """
-  data = _DATA.value
-  own, metric = data.endswith('.jsonl') or Path(data).expanduser().is_file(), _METRIC.value or ''
-  if own and not metric:
-    names = ', '.join(sorted({*METRICS, *SHORT_METRICS} - {*SHORT_METRICS.values()}))
-    raise UserError(f'--data={data}: say by --metric how answers are compared: {names}')
-  if own and _DATASETS.value is not None:
-    raise UserError(f'--datasets: {data} is a task of its own; leave one of the two out')
-  for flag in (_METRIC, _TEST_DATA, _CHOICES):
-    if flag.value and not own:
-      raise UserError(f'--{flag.name} is for rows of your own; give them by --data=FILE.jsonl')
-  if _CHOICES.value and metric != 'choice':
-    raise UserError('--choices is for --metric=choice')
-  return SHORT_METRICS.get(metric, metric)
-
-
 def main() -> None:
   """Checks everything that can be checked, then runs, then reports."""
   settings, seeds = settings_from_flags(), _seeds()
-  chosen_arms, rates, metric = _arms(), _learning_rates(settings), _own_metric()
+  chosen_arms, rates, metric = _arms(), _learning_rates(settings), _data_flags.own_metric()
   # The project's modules take a few seconds to import; --help and a mistake above should not.
   from lora_jax import arms, lora
-  from lora_jax.data import own_rows, sources, tasks
   from lora_jax.hub import bases
   from lora_jax.records import RunDirectory
   from lora_jax.report import report
@@ -162,17 +122,8 @@ def main() -> None:
   if EQUAL_PARAMETERS in chosen_arms:
     arms.check(settings.lora)
   bases.check_name(settings.base)
-  if metric:
-    source = own_rows.read(Path(_DATA.value).expanduser(), _test_path())
-    chosen = (own_rows.make(source, metric, _CHOICES.value),)
-    data = f'{source.path.resolve()} ({metric})'
-  else:
-    chosen = tasks.by_names(tasks.TASKS if _DATASETS.value is None else _DATASETS.value)
-    source = _source(settings, sources)
-    data = str(source.path.resolve()) if isinstance(source, sources.Directory) else source.kind
+  chosen, source, data = _data_flags.chosen(settings, metric)
   grid = Grid(chosen, targets, seeds, chosen_arms, rates)
-  for task in grid.tasks:
-    source.check(task)
   out = f'runs/{_PRESET.value}' if _OUT.value is None else _OUT.value
   if not out:
     raise UserError('--out is empty; give a directory')
@@ -193,19 +144,6 @@ def main() -> None:
       file=sys.stderr,
     )
     sys.exit(130)
-
-
-def _test_path() -> Path | None:
-  return None if _TEST_DATA.value is None else Path(_TEST_DATA.value).expanduser()
-
-
-def _source(settings: Settings, sources):
-  if _DATA.value == 'synthetic':
-    train = settings.train.train_rows or SYNTHETIC_TRAIN
-    return sources.Synthetic(seed=0, train=train, test=settings.eval.test_rows or SYNTHETIC_TEST)
-  if _DATA.value == 'hub':
-    return sources.Hub()
-  return sources.Directory(Path(_DATA.value).expanduser())
 
 
 if __name__ == '__main__':
