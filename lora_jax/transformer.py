@@ -292,7 +292,8 @@ class Transformer(nn.Module):
     axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
     self.layers = nn.scan(
       block,
-      variable_axes={'params': 0},
+      # There are none, unless a caller has modules sow some.
+      variable_axes={'params': 0, 'intermediates': 0},
       split_rngs={'params': True},
       in_axes=axes,
       length=c.num_layers,
