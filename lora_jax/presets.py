@@ -1,6 +1,8 @@
 """Named settings of a whole study: what every cell of its grid shares."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from lora_jax.config import EvalConfig, LoraConfig, OptimConfig, SightConfig, TrainConfig
 
@@ -26,6 +28,22 @@ class Settings:
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   sight: SightConfig = dataclasses.field(default_factory=SightConfig)
   latency_turns: int = 10
+
+  @classmethod
+  def from_record(cls, held: Mapping[str, Any]) -> 'Settings':
+    """What `dataclasses.asdict` wrote, back from JSON.
+
+    Raises:
+      TypeError: it has a field that this version does not know.
+    """
+    parts = {
+      'lora': LoraConfig.from_record(held['lora']),
+      'optim': OptimConfig(**held['optim']),
+      'train': TrainConfig(**held['train']),
+      'eval': EvalConfig(**held['eval']),
+      'sight': SightConfig(**held['sight']),
+    }
+    return cls(**{**held, **parts})
 
 
 PRESETS = {

@@ -5,6 +5,7 @@
     OUT/cells/<name>.predictions.jsonl   what the model said
     OUT/latency.json               times of the target sets, a row at a time
     OUT/batches.json               the same in batches (experiments.latency)
+    OUT/probe.json                 what a probe foretells of them (experiments.probe)
     OUT/rates/<name>.json          learning rates that were tried for a target set
 
 A file appears whole or not at all, so what exists is finished and is never redone.
@@ -326,14 +327,7 @@ class RunDirectory:
     Raises:
       UserError: the file is damaged.
     """
-    file = self.path / 'latency.json'
-    if not file.exists():
-      return None
-    held = read_json(file)
-    parts = isinstance(held, dict) and [held.get('targets'), held.get('arms', {})]
-    if not parts or not all(isinstance(part, dict) for part in parts):
-      raise UserError(f'{file} is not a record of times; delete it and run again')
-    return held
+    return self._read('latency.json', 'times', {'targets': dict}, {'arms': dict})
 
   def write_latency(self, times: Mapping[str, Any]) -> None:
     """Writes times of target sets: {'targets': name -> times, 'device', 'dtype'}.
@@ -344,19 +338,8 @@ class RunDirectory:
     write_json(self.path / 'latency.json', times)
 
   def batches(self) -> dict[str, Any] | None:
-    """What `write_batches` wrote, or None.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    file = self.path / 'batches.json'
-    if not file.exists():
-      return None
-    held = read_json(file)
-    parts = isinstance(held, dict) and [held.get('about'), held.get('batches')]
-    if not parts or not isinstance(parts[0], dict) or not isinstance(parts[1], list):
-      raise UserError(f'{file} is not a record of times; delete it and run again')
-    return held
+    """What `write_batches` wrote, or None; raises as `latency` does."""
+    return self._read('batches.json', 'times', {'about': dict, 'batches': list})
 
   def write_batches(self, about: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]) -> None:
     """Writes times of batches.
@@ -366,3 +349,26 @@ class RunDirectory:
       batches: {'rows', 'adapters', 'times': name -> times} of each.
     """
     write_json(self.path / 'batches.json', {'about': about, 'batches': list(batches)})
+
+  def probe(self) -> dict[str, Any] | None:
+    """What `write_probe` wrote, or None; raises as `latency` does."""
+    return self._read('probe.json', 'a probe', {'about': dict, 'sets': dict, 'datasets': dict})
+
+  def write_probe(self, held: Mapping[str, Any]) -> None:
+    """Writes what a probe measured: {'about', 'versions', 'sets', 'datasets'}."""
+    write_json(self.path / 'probe.json', held)
+
+  def _read(
+    self, name: str, what: str, parts: Mapping[str, type], more: Mapping[str, type] | None = None
+  ) -> dict[str, Any] | None:
+    """A file that has `parts` of these kinds, and may have `more`."""
+    file = self.path / name
+    if not file.exists():
+      return None
+    held = read_json(file)
+    wanted = {**(more or {}), **parts}
+    found = {key: kind() for key, kind in (more or {}).items()}
+    found |= held if isinstance(held, dict) else {}
+    if not all(isinstance(found.get(key), kind) for key, kind in wanted.items()):
+      raise UserError(f'{file} is not a record of {what}; delete it and run again')
+    return held

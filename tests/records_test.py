@@ -149,6 +149,18 @@ def test_a_record_that_is_damaged_or_of_another_format_is_named(tmp_path, conten
     run.finished(CELL, MADE_FROM)
 
 
+@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"about": {}, "sets": {}, "datasets": []}'])
+def test_a_damaged_probe_is_named(tmp_path, content):
+  run = RunDirectory(tmp_path)
+  assert run.probe() is None
+  held = {'about': {}, 'versions': {}, 'sets': {}, 'datasets': {}}
+  run.write_probe(held)
+  assert run.probe() == held
+  (tmp_path / 'probe.json').write_text(content)
+  with pytest.raises(UserError, match=r'probe\.json .*; delete it and run again'):
+    run.probe()
+
+
 @pytest.mark.parametrize('content', ['{', '[]', '{}', '{"targets": []}'])
 def test_damaged_times_are_named(tmp_path, content):
   run = RunDirectory(tmp_path)
