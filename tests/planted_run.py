@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import numpy as np
+
 from lora_jax.presets import PRESETS
 from lora_jax.records import Cell, RunDirectory
 from lora_jax.report import report
@@ -137,3 +139,34 @@ def written(run):
   said = report.write(run)
   held = json.loads((run.path / 'results.json').read_text())
   return (run.path / 'report.md').read_text(), held, said
+
+
+def plant_probe(run, datasets, decreases, norms, sets, noise=0.0, batches=6):
+  """A probe by which each module has this decrease and feature norm, give or take `noise`.
+
+  A batch's step on itself gains a lot, which is to count for nothing.
+  """
+  random = np.random.default_rng(0)
+  spread = lambda shape: noise * random.standard_normal(shape)
+  own = 100 * np.eye(batches)
+  of_dataset = lambda: {
+    'title': 'A task',
+    'rows': '12ab',
+    'seconds': 3.5,
+    'losses': [2.0] * batches,
+    'decreases': {
+      path: (value + spread((batches, batches)) + own).tolist() for path, value in decreases.items()
+    },
+    'feature_norms': {path: (value + spread(batches)).tolist() for path, value in norms.items()},
+  }
+  run.write_probe(
+    {
+      'about': {'base': 'tiny', 'seed': 0, 'device': 'cpu'},
+      'versions': VERSIONS,
+      'sets': {
+        name: {'modules': [*modules], 'trainable_params': size}
+        for name, (modules, size) in sets.items()
+      },
+      'datasets': {dataset: of_dataset() for dataset in datasets},
+    }
+  )
