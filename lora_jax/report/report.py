@@ -13,7 +13,18 @@ from typing import Any
 
 from lora_jax.presets import EQUAL_RANK
 from lora_jax.records import RunDirectory, write_json, write_text
-from lora_jax.report import arms, batches, document, findings, page, sections, svg, terminal
+from lora_jax.report import (
+  arms,
+  batches,
+  document,
+  findings,
+  foresight,
+  page,
+  probe,
+  sections,
+  svg,
+  terminal,
+)
 from lora_jax.report.claims import judge
 from lora_jax.report.document import Card, Document
 from lora_jax.report.results import BASE, Dataset, Results, gather
@@ -80,6 +91,7 @@ def describe(results: Results) -> tuple[Document, list[Card]]:
       sections.costs(results),
       sections.latency(results),
       *batches.sections(results.batches),
+      *probe.beside(results),
       sections.other_scores(results),
       findings.beside_article(results, cards),
       sections.rows_and_tasks(results),
@@ -126,7 +138,12 @@ def as_json(results: Results, cards: list[Card]) -> dict[str, Any]:
     },
     'recommendations': [dataclasses.asdict(card) for card in cards],
     **({'arms': others} if (others := _others(results)) else {}),
+    **({'foresight': _foresight(results)} if results.probe else {}),
   }
+
+
+def _foresight(results: Results) -> list[dict[str, Any]]:
+  return [dataclasses.asdict(one) for one in foresight.foresight(results)]
 
 
 def _arm(results: Results) -> dict[str, Any]:

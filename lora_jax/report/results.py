@@ -112,6 +112,7 @@ class Results:
     costs: configuration -> cost, of those that were trained.
     latency: the content of latency.json with this arm's times as its 'targets', or None.
     batches: the content of batches.json, or None; of equal rank alone.
+    probe: the content of probe.json, or None; of equal rank alone.
     versions: package (and 'python', 'device' and the like) -> the versions that records name.
     sizes: configuration -> how its rank was solved, where it was.
     rates: dataset -> configuration -> the learning rates that were tried, as a cell's record
@@ -132,6 +133,7 @@ class Results:
   rates: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
   others: dict[str, 'Results'] = dataclasses.field(default_factory=dict)
   batches: dict[str, Any] | None = None
+  probe: dict[str, Any] | None = None
 
   @property
   def complete(self) -> list[Dataset]:
@@ -156,7 +158,8 @@ def gather(run: RunDirectory) -> Results:
   arms = sorted({record['cell']['arm'] for record in records} - {'', EQUAL_RANK})
   others = {arm: _arm(arm, records, shared, latency) for arm in arms}
   results = _arm(EQUAL_RANK, records, shared, latency)
-  return dataclasses.replace(results, others=others, batches=run.batches())
+  held = {'batches': run.batches(), 'probe': run.probe()}
+  return dataclasses.replace(results, others=others, **held)
 
 
 def _arm(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax.report import document
 from lora_jax.report.results import NEEDS_VISION, PARTLY_DIVERGED, Average, Entry, Results
 from lora_jax.report.tables import arm_title, best, entry_score, score
 
@@ -39,6 +40,22 @@ def render(results: Results, width: int) -> str:
     tables += [*_title(arm, other, width), '', *below]
     legend |= more
   return '\n'.join([*tables, *legend])
+
+
+def plain(table: document.Table, width: int) -> str:
+  """A table of a report for a terminal, with its note."""
+  made = Table(box=rich.box.SIMPLE, pad_edge=False, show_edge=False)
+  for i, name in enumerate(table.header):
+    justify = 'left' if i < table.left else 'right'
+    made.add_column(_text(name), justify=justify, vertical='bottom', overflow='fold')
+  for row in [*table.rows, *table.footer]:
+    made.add_row(*(_text(document.text_of(cell)) for cell in row))
+  return '\n'.join([_printed(made, width), *textwrap.wrap(table.note, width), ''])
+
+
+def _text(said: str) -> Text:
+  # A space gives a set of targets a place to break.
+  return Text(said.replace('`', '').replace(',', ', ').replace(',  ', ', '))
 
 
 def _arm(results: Results, width: int) -> tuple[list[str], dict[str, None]]:
@@ -112,6 +129,10 @@ def _table(widths: Mapping[str, int], rows: Sequence[_Row], gap: int, width: int
     table.add_column(Text(_head(name)), justify='right', width=needed, overflow='fold')
   for title, cells in rows:
     table.add_row(title, *(Text(cells[name]) for name in widths))
+  return _printed(table, width)
+
+
+def _printed(table: Table, width: int) -> str:
   console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
   with console.capture() as captured:
     console.print(table)
