@@ -163,8 +163,7 @@ def test_a_probe_alone_has_tables_of_its_own(tmp_path, width):
   text = markdown(made)
   assert 'What a probe foretells on tiny' in text
   assert 'training batches of 2 datasets (seed 0), which took 7 s on cpu' in text
-  # In thousandths.
-  assert section(text, 'Scores of the probe')['`q_proj`']['decrease'] == '90.00 (90.00 to 90.00)'
+  assert section(text, 'Scores of the probe')['`q_proj`']['decrease'] == '0.09 (0.09 to 0.09)'
   assert section(text, 'Module by module')[f'`{QUERY}`']['feature norm'] == '1.000 (1.000 to 1.000)'
   assert 'foresee' not in text
   assert render(made)

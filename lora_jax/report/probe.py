@@ -40,9 +40,10 @@ _TITLES = {
   FEATURE_NORM: 'feature norm',
 }
 _WHAT = (
-  'Decrease: of the loss, in thousandths of a nat a token, by one step of Adam at its peak rate '
-  'from a fresh adapter, to first order; the step is taken on one batch and the loss is another '
-  'one’s. A sum over modules, so a set is never below a part of it unless a module would do harm. '
+  'Decrease: of the loss, in nats a token, by one step of Adam at its peak rate from a fresh '
+  'adapter; the step is taken on one batch and the loss is another one’s. It is a slope times a '
+  'length, which can exceed the loss itself: it is to rank by, and promises nothing. A sum over '
+  'modules, so a set is above its parts unless a module would do harm. '
   'Per time of a token: over the time of a decoded token with the adapter unmerged, base = 1. '
   'Feature norm: PLoP’s (Hayou et al. 2025), mean over the set’s modules; the lowest is the best.'
 )
@@ -194,7 +195,7 @@ def _score(ranking: Ranking, name: str) -> Cell:
   tone = BEST if name == ranking.best and ranking.decided else PLAIN
   if ranking.score == FEATURE_NORM:
     return Cell(f'{value:.3f}', value, tone, f'{low:.3f} to {high:.3f}')
-  return Cell(f'{1e3 * value:.2f}', value, tone, f'{1e3 * low:.2f} to {1e3 * high:.2f}')
+  return Cell(f'{value:.3g}', value, tone, f'{low:.3g} to {high:.3g}')
 
 
 def _ranks(held: Mapping[str, Any], times: Mapping[str, float]) -> Table:
@@ -216,8 +217,9 @@ def _place(ranking: Ranking, name: str) -> Cell:
   if name not in ranking.names:
     return Cell(NOTHING)
   place, (low, high) = ranking.rank(name), ranking.rank_interval(name)
-  reach = f'{low}' if low == high else f'{low} to {high}'
-  return Cell(str(place), place, detail=f'{reach}; first {ranking.first().get(name, 0.0):.0%}')
+  told = [] if low == high == place else [f'{low} to {high}']
+  told += [f'first {share:.0%}'] if (share := ranking.first().get(name, 0.0)) else []
+  return Cell(str(place), place, detail='; '.join(told))
 
 
 def _each_dataset(held: Mapping[str, Any], times: Mapping[str, float]) -> Table:

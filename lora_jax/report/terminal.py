@@ -5,6 +5,7 @@ columns that still do not fit go into a further table below.
 """
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,8 +55,8 @@ def plain(table: document.Table, width: int) -> str:
 
 
 def _text(said: str) -> Text:
-  # A space gives a set of targets a place to break.
-  return Text(said.replace('`', '').replace(',', ', ').replace(',  ', ', '))
+  # A space gives a set of targets a place to break, and a number none.
+  return Text(re.sub(r',(?=[^\d\s])', ', ', said.replace('`', '')))
 
 
 def _arm(results: Results, width: int) -> tuple[list[str], dict[str, None]]:
