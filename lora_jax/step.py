@@ -158,7 +158,7 @@ def make_step(
 
     part_grads = jax.value_and_grad(total_loss, has_aux=True)
     of_part = lambda number, part: part_grads(state.adapters, number, part)
-    (total, count), sums = _summed(of_part, batch)
+    (total, count), sums = summed(of_part, batch)
     mean = lambda x: x / jnp.maximum(count, 1)
     loss, grads = mean(total), jax.tree.map(mean, sums)
     opt_state: Any
@@ -194,7 +194,7 @@ def make_evaluation(
       of_cells = {'chunk': _chunk(cells), 'may_be_idle': packs.may_be_idle(cells)}
       return batch_loss(model, base, pack.adapters, part, pack.scales, **of_cells)
 
-    return _summed(of_part, batch)
+    return summed(of_part, batch)
 
   compiled = jax.jit(_over_cells(one, cells, (0, None, _BATCH_AXES)))
 
@@ -240,7 +240,7 @@ def _over_cells(one: Callable, cells: int, axes: tuple) -> Callable:
   return alone
 
 
-def _summed(of_part: Callable[[jax.Array, Mapping[str, Any]], Any], batch: Mapping[str, Any]):
+def summed(of_part: Callable[[jax.Array, Mapping[str, Any]], Any], batch: Mapping[str, Any]):
   """The sum of what `of_part` gives for each part of a batch and its number."""
   parts = batch['tokens'].shape[0]
   if parts == 1:

@@ -129,6 +129,33 @@ def test_times_of_batches_join_the_report(finished, tmp_path):
     assert says in other.stderr
 
 
+def test_a_probe_joins_the_report(finished, tmp_path):
+  run = shutil.copytree(finished[0], tmp_path / 'run', ignore=shutil.ignore_patterns('.lock'))
+
+  def probe(*arguments):
+    return subprocess.run(
+      [sys.executable, '-m', 'experiments.probe', '--batches=4', *arguments, f'--out={run}'],
+      capture_output=True, text=True, cwd=ROOT, check=False, timeout=300,
+    )  # fmt: skip
+
+  done = probe()
+  assert done.returncode == 0, done.stderr
+  assert 'llava_cot: left out' in done.stderr
+  held = json.loads((run / 'probe.json').read_text())
+  # The study's, not the launcher's own.
+  assert (held['about']['base'], held['about']['lora']['rank']) == ('tiny', 4)
+  assert {*held['datasets']} == {'medmcqa', 'cocohd'}
+  assert {'o_proj,fc2', 'all'} <= {*held['sets']}
+  report = (run / 'report.md').read_text()
+  assert '## Probe' in report
+  # One set was trained, so there is nothing to be right about.
+  assert 'It cannot be told: no two sets are in both.' in report
+  for arguments, says in (('--rank=3',), 'its own'), (('--base=smollm2-135m-instruct',), 'tiny'):
+    other = probe(*arguments)
+    assert other.returncode == 2
+    assert says in other.stderr.splitlines()[-1]
+
+
 def export(*arguments):
   return subprocess.run(
     [sys.executable, '-m', 'experiments.export', *arguments],

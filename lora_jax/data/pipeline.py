@@ -223,9 +223,9 @@ def batches_per_epoch(rows: Sequence[Encoded], shape: BatchShape) -> int:
   return math.ceil(len(groups(rows, shape)) / shape.rows)
 
 
-def groups(rows: Sequence[Encoded], shape: BatchShape) -> list[Group]:
-  """Which rows share a row of the batch: one epoch, of which all others differ by chance alone."""
-  return plan(_sizes(rows, shape), _room(shape), seed=0)
+def groups(rows: Sequence[Encoded], shape: BatchShape, seed: int = 0) -> list[Group]:
+  """Which rows share a row of the batch: the first epoch of a seed, all others differ by chance."""
+  return plan(_sizes(rows, shape), _room(shape), seed)
 
 
 def _room(shape: BatchShape) -> int:
