@@ -107,7 +107,7 @@ def _probe(
   held: dict[str, Any],
 ) -> None:
   """Probes what is not held, and keeps it dataset by dataset."""
-  from lora_jax.records import versions
+  from lora_jax.versions import versions
 
   modules = {path for of in sets.values() for path in of['modules']}
   lacks = lambda name: not modules <= {*held[name]['decreases']}

@@ -256,7 +256,7 @@ def measure(
 def _in_parts(batch: Batch, positions: int) -> dict[str, Any]:
   """A batch as the training step runs it, without the axis of cells."""
   whole = stack_batches([batch], positions)
-  return {name: x if name == 'chunks' else x[0] for name, x in whole.items()}
+  return {name: x if name == 'in_use' else x[0] for name, x in whole.items()}
 
 
 @functools.partial(jax.jit, static_argnames='model')
