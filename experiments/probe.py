@@ -229,7 +229,8 @@ def _check_same(held: dict[str, Any] | None, about: dict[str, Any], out: Path) -
 def _report(run: 'RunDirectory') -> None:
   from lora_jax.report import probe, report
 
-  held, latency = run.probe(), run.latency()
+  held: Any = run.probe()
+  latency = run.latency()
   print(probe.text(held, latency, shutil.get_terminal_size().columns))
   if any((run.path / 'cells').glob('*.json')):
     print(report.write(run))

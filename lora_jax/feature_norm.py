@@ -84,6 +84,6 @@ def over_tokens(
       features=features,
       mutable=['intermediates'],
     )
-  flat = flatten_dict(sown['intermediates'], sep='/')
+  flat: dict[str, Any] = dict(flatten_dict(sown['intermediates'], sep='/'))
   norms = {path.removesuffix(f'/{_SOWN}'): of_layers for path, (of_layers,) in flat.items()}
   return norms, real_BT.sum().astype(jnp.float32)

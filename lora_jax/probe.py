@@ -265,7 +265,7 @@ def _of_batch(
   base: Params,
   moved: dict[str, jax.Array],
   still: dict[str, jax.Array],
-  scales: Mapping[str, jax.Array],
+  scales: Mapping[str, Any],
   batch: Mapping[str, Any],
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
   """A batch's mean loss, its gradient, and each module's feature norm in each layer."""

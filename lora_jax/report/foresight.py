@@ -8,6 +8,7 @@ regret of who asks no probe and always takes the same set.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,9 @@ def _beside(ranking: Ranking, group: Sequence[Dataset]) -> Foresight:
 
     foretold_C1 = ranking.goodness()[:, None]
     correlated = round(float(spearman(foretold_C1, measured_C[:, None])[0]), _DIGITS)
-    tau = round(float(stats.kendalltau(foretold_C1[:, 0], measured_C).statistic), _DIGITS)
+    # SciPy's own types do not say what this gives.
+    found: Any = stats.kendalltau(foretold_C1[:, 0], measured_C)
+    tau = round(float(found.statistic), _DIGITS)
     ends = _interval(foretold_C1, names, group)
   return Foresight(
     datasets=tuple(dataset.name for dataset in group),
