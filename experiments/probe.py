@@ -1,4 +1,4 @@
-"""Ranks target sets in about a minute, from a few training batches and without training.
+"""Ranks target sets from a few training batches, without training.
 
   python -m experiments.probe
   python -m experiments.probe --datasets=medmcqa,fincot --targets=o_proj --targets=o_proj,fc2
@@ -95,7 +95,7 @@ def main() -> None:
   except KeyboardInterrupt:
     print(f'\nstopped; datasets that are done are in {run.path}', file=sys.stderr)
     sys.exit(130)
-  _report(run)
+  _report(run, run.probe() or held)
 
 
 def _probe(
@@ -226,10 +226,9 @@ def _check_same(held: dict[str, Any] | None, about: dict[str, Any], out: Path) -
       )
 
 
-def _report(run: 'RunDirectory') -> None:
+def _report(run: 'RunDirectory', held: dict[str, Any]) -> None:
   from lora_jax.report import probe, report
 
-  held: Any = run.probe()
   latency = run.latency()
   print(probe.text(held, latency, shutil.get_terminal_size().columns))
   if any((run.path / 'cells').glob('*.json')):

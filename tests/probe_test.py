@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from planted_run import plant, plant_status, start
 from tiny_model import CONFIG, MODEL
 from train_test import toy_batches
 
@@ -21,7 +22,7 @@ from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.data import sources, tasks
 from lora_jax.errors import UserError
 from lora_jax.hub import bases
-from lora_jax.presets import PRESETS
+from lora_jax.presets import ARTICLE_TARGETS, PRESETS
 from lora_jax.step import batch_loss
 from lora_jax.task_rows import TaskRows
 from lora_jax.transformer import Transformer
@@ -87,7 +88,7 @@ def test_the_decrease_is_what_a_small_step_on_another_batch_gives(found, targets
     difference = (before - after) / (2 * share)
     # Additive: of a set it is the sum over its modules.
     foretold = sum(found.decreases[path][on, of] for path in paths(targets))
-    assert foretold == pytest.approx(difference, rel=1e-2)
+    assert foretold == pytest.approx(difference, rel=2e-3)
 
 
 def test_the_losses_are_those_of_the_base(found):
@@ -258,6 +259,30 @@ def test_a_probe_is_kept_and_added_to(tmp_path):
   other = launch(*SMALL, '--rank=3', f'--out={out}')
   assert (other.returncode, other.stderr.count('\n')) == (2, 2)
   assert 'holds a probe with lora=' in other.stderr
+
+
+def test_a_study_is_joined_with_its_settings_rows_and_report(tmp_path):
+  out, sized = tmp_path / 'run', {'max_length': 1024, 'train_rows': 40, 'dtype': 'float32'}
+  run = start(out, base='tiny', data='synthetic', **sized)
+  for i, targets in enumerate(('base', 'o_proj', 'fc2', 'up_proj')):
+    plant(run, 'medmcqa', targets, [0.1 * i, 0.2, 0.3])
+  plant_status(run, 'llava_cot', 'base', 'needs vision')
+  # It is this process's as long as it lives.
+  del run
+  done = launch('--batches=4', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert 'llava_cot: left out' in done.stderr
+  held = json.loads((out / 'probe.json').read_text())
+  # The study's, not the launcher's own.
+  assert (held['about']['base'], held['about']['train_rows']) == ('tiny', 40)
+  assert [*held['datasets']] == ['medmcqa']
+  assert {*held['sets']} == {*ARTICLE_TARGETS, 'up_proj'}
+  assert 'Did it foresee the grid?' in (out / 'report.md').read_text()
+  assert len(json.loads((out / 'results.json').read_text())['foresight']) == 3
+  for arguments, says in (('--rank=3',), 'its own'), (('--base=smollm2-135m-instruct',), 'tiny'):
+    other = launch('--batches=4', *arguments, f'--out={out}')
+    assert (other.returncode, other.stderr.count('\n')) == (2, 1)
+    assert says in other.stderr
 
 
 @pytest.mark.parametrize(
