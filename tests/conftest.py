@@ -18,9 +18,13 @@ def optimised():
   """Compiles as users do, where the compiler's optimiser is what might break the property."""
 
 
-@pytest.fixture(autouse=True)
-def _compiler(request):
-  quick = 'optimised' not in request.fixturenames
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Turns the optimiser on or off, before any fixture.
+
+  After them, what those of a module have compiled for its tests would be gone again.
+  """
+  quick = 'optimised' not in item.fixturenames
   if jax.config.read('jax_disable_most_optimizations') != quick:
     jax.config.update('jax_disable_most_optimizations', quick)
     # Neighbours that want the same keep what was compiled.
