@@ -83,6 +83,12 @@ def main() -> None:
     model, params = _flags.put_on_device(base, settings.train)
     adapters = None if _ADAPTERS.value is None else Path(_ADAPTERS.value).expanduser()
     engine = Engine(model, params, base.tokenizer, config, adapters)
+    if engine.library.left_out:
+      print(
+        f'left out of --adapters, since they are links to what lies elsewhere: '
+        f'{", ".join(engine.library.left_out)}; copy them there',
+        file=sys.stderr,
+      )
     engine.warm_up()
     with Runner(engine) as runner:
       app = build(runner, engine, base.tokenizer, base.name, limits)

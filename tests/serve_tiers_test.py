@@ -82,7 +82,7 @@ class Disk:
     for name in names:
       (root / name).mkdir()
       (root / name / CONFIG).write_text('{}')
-    (root / 'no adapter').mkdir()
+    (root / 'no adapter').mkdir(exist_ok=True)
     (root / 'a file').write_text('')
     self.library = Library(root, self.read, room)
 
@@ -145,6 +145,33 @@ def test_nothing_outside_its_directory_is_an_adapter(tmp_path, path):
   with pytest.raises(UserError, match='in the directory of adapters'):
     disk.library.add('z', path)
   assert disk.reads == []
+
+
+def test_what_is_listed_is_what_could_be_added(tmp_path):
+  root, other = tmp_path / 'root', tmp_path / 'other'
+  root.mkdir()
+  other.mkdir()
+  (other / CONFIG).write_text('{}')
+  for name, to in {
+    'out': other,
+    'up': tmp_path / 'root',
+    'in': root / 'a',
+    'lost': root / 'z',
+  }.items():
+    (root / name).symlink_to(to)
+  (root / 'round').symlink_to(root / 'round')
+  # The library's own directory may be a link, and then lies where that leads.
+  (tmp_path / 'link').symlink_to(root)
+  for at in (root, tmp_path / 'link'):
+    disk = Disk(at, names='' if (root / 'a').exists() else 'ab')
+    assert disk.library.names == ('a', 'b', 'in')
+    assert disk.library.left_out == ('out',)
+    assert disk.fetch('in') == 'a'
+    for name in disk.library.names:
+      disk.library.add(f'{name} again', name)
+    for name in ('out', 'up', 'lost', 'round'):
+      with pytest.raises(UserError, match='in the directory of adapters'):
+        disk.library.add('z', name)
 
 
 def test_there_may_be_no_adapters_at_all(tmp_path):

@@ -42,14 +42,18 @@ class Listing:
 
 
 class Library(Generic[Held]):
-  """Adapters that may be asked for; any thread may ask."""
+  """Adapters that may be asked for; any thread may ask.
+
+  Attributes:
+    left_out: directories that hold an adapter and are links to what lies elsewhere.
+  """
 
   def __init__(self, root: Path | None, read: Callable[[Path], Held], room: int):
     """Lists what is in a directory, and reads none of it.
 
     Args:
       root: holds a directory for each adapter, whose name is the adapter's; None: there
-        are none.
+        are none. A link to what lies elsewhere is not followed, as `add` follows none.
       read: reads such a directory; raises `UserError` if it is not as it should be.
       room: bytes of what was read that are kept.
 
@@ -59,8 +63,10 @@ class Library(Generic[Held]):
     if root is not None and not root.is_dir():
       raise UserError(f'{root}: there is no such directory; give one that holds adapters')
     self._root, self._read, self._room = root, read, room
-    found = sorted(root.iterdir()) if root else []
-    self._listed = {path.name: Listing(path.name, path) for path in found if _is_adapter(path)}
+    found = sorted(filter(_is_adapter, root.iterdir())) if root else []
+    within = {path.name: self._found(path.name) for path in found}
+    self._listed = {name: Listing(name, path) for name, path in within.items() if path}
+    self.left_out = tuple(name for name, path in within.items() if path is None)
     self._kept: OrderedDict[Listing, Held] = OrderedDict()
     self._lock = threading.Lock()
 
@@ -145,15 +151,21 @@ class Library(Generic[Held]):
   def _within(self, directory: str) -> Path:
     if self._root is None:
       raise UserError('there is no directory of adapters; start with one to load from')
+    path = self._found(directory)
+    if path is None:
+      raise UserError(f'no adapter {directory!r} in the directory of adapters')
+    return path
+
+  def _found(self, directory: str) -> Path | None:
+    """Where an adapter really lies, if that is within the library's directory."""
+    assert self._root is not None
     root = self._root.resolve()
     try:
       path = (root / directory).resolve()
-      if path != root and path.is_relative_to(root) and _is_adapter(path):
-        return path
+      return path if path != root and path.is_relative_to(root) and _is_adapter(path) else None
     except (OSError, ValueError, RuntimeError):
       # A name with a zero byte, or longer than the system takes; links that lead nowhere.
-      pass
-    raise UserError(f'no adapter {directory!r} in the directory of adapters')
+      return None
 
 
 def _is_adapter(path: Path) -> bool:
