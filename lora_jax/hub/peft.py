@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.flax
@@ -199,7 +200,13 @@ def config(linears: Mapping[tuple[str, int], _Linear], adapter: Adapter) -> dict
 
 
 def load(directory: Path, params: Mapping[str, Any], base_sha256: str = '') -> Adapter:
-  """Reads an adapter in PEFT's format.
+  """Reads an adapter in PEFT's format onto the device; as `read` otherwise."""
+  held = read(directory, params, base_sha256)
+  return dataclasses.replace(held, params=jax.tree.map(jnp.asarray, held.params))
+
+
+def read(directory: Path, params: Mapping[str, Any], base_sha256: str = '') -> Adapter:
+  """Reads an adapter in PEFT's format into numpy's arrays, for which nothing is compiled.
 
   Args:
     directory: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -237,7 +244,7 @@ def load(directory: Path, params: Mapping[str, Any], base_sha256: str = '') -> A
     if path.endswith(('/scale', '/bias')):
       leaves[path] = _whole(found[path], flat[path])
   return Adapter(
-    params=unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep='/'),
+    params=unflatten_dict(leaves, sep='/'),
     ranks=ranks,
     alphas=alphas,
     rank_stabilised=bool(settings.get('use_rslora')),

@@ -252,7 +252,7 @@ class Engine:
       self._slots.release(answer.listing)
 
   def _read(self, directory: Path) -> Updates:
-    return self.bank.fit(peft.load(directory, self._params), directory.name)
+    return self.bank.fit(peft.read(directory, self._params), directory.name)
 
   def _read_prompts(self, length: int, those: Sequence[tuple[Sequence[int], Seat]]) -> None:
     prompts_PT = np.zeros((len(those), length), np.int32)
