@@ -130,6 +130,8 @@ def test_an_adapter_is_added_and_removed(tmp_path):
   disk.library.add('z', str(tmp_path / 'c'))
   assert disk.fetch('z') == 'c'
   assert disk.library.fetch(held).name == 'b'
+  # It is kept for nobody.
+  assert disk.library.nbytes == 10
 
 
 @pytest.mark.parametrize(

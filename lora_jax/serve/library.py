@@ -106,11 +106,12 @@ class Library(Generic[Held]):
     """
     self._check_free(name)
     listing = Listing(name, self._within(directory))
-    self.fetch(listing)
+    held = self._read(listing.directory)
     with self._lock:
       # Another thread may have added one meanwhile.
       self._check_free(name)
       self._listed[name] = listing
+      self._keep(listing, held)
     return listing
 
   def remove(self, name: str) -> Listing:
@@ -138,11 +139,16 @@ class Library(Generic[Held]):
     # Others need not wait while this one is read.
     held = self._read(listing.directory)
     with self._lock:
-      self._kept[listing] = held
-      taken = sum(one.nbytes for one in self._kept.values())
-      while taken > self._room:
-        taken -= self._kept.popitem(last=False)[1].nbytes
+      # Who found it before it was removed gets it, and then it would be kept for nobody.
+      if self._listed.get(listing.name) is listing:
+        self._keep(listing, held)
     return held
+
+  def _keep(self, listing: Listing, held: Held) -> None:
+    self._kept[listing] = held
+    taken = sum(one.nbytes for one in self._kept.values())
+    while taken > self._room:
+      taken -= self._kept.popitem(last=False)[1].nbytes
 
   def _check_free(self, name: str) -> None:
     if name in self._listed:
