@@ -117,16 +117,30 @@ def test_what_changes_no_answer_is_taken():
   }
   chat(**nothing)
   text(**nothing, echo=False, best_of=1, suffix=None)
+  # Clients say of every turn what it is.
+  chat(messages=[{**TURNS[0], 'type': 'text'}])
+
+
+def test_likelihoods_are_asked_for_in_two_ways():
+  assert only(text()).likeliest is only(chat()).likeliest is None
+  assert only(text(logprobs=0)).likeliest == only(chat(logprobs=True)).likeliest == 0
+  assert only(chat(logprobs=True, top_logprobs=20)).likeliest == 20
+  held = only(text(logprobs=5, echo=True, max_tokens=0))
+  assert (held.likeliest, held.echo, held.max_tokens) == (5, True, 0)
+  assert not only(text(logprobs=5)).echo
+  for name, value in (('logprobs', -1), ('logprobs', 21), ('logprobs', True), ('echo', 1)):
+    refused(lambda name=name, value=value: text(**{name: value}), name, f'^{name}: ')
+  for name, value in (('logprobs', 3), ('logprobs', 0), ('top_logprobs', 21)):
+    refused(lambda name=name, value=value: chat(**{name: value}), name, f'^{name}: ')
+  refused(lambda: chat(top_logprobs=3), 'top_logprobs', 'goes with logprobs')
+  refused(lambda: chat(echo=True), 'echo', 'not supported')
+  refused(lambda: text(top_logprobs=3), 'top_logprobs', 'not supported')
+  refused(lambda: text(max_tokens=0), 'max_tokens', '^max_tokens: ')
 
 
 @pytest.mark.parametrize(
   ('name', 'value'),
   [
-    ('logprobs', True),
-    ('logprobs', 0),
-    ('logprobs', 3),
-    ('top_logprobs', 2),
-    ('echo', True),
     ('best_of', 2),
     ('presence_penalty', 0.5),
     ('logit_bias', {'5': 1}),
@@ -160,7 +174,7 @@ def test_what_is_not_done_is_refused_by_name(name, value):
     ('max_tokens', True),
     ('n', 0),
     ('n', 17),
-    ('stop', ['a'] * 5),
+    ('stop', ['a'] * 17),
     ('stop', ['']),
     ('stop', 'a' * 257),
     ('stop', 3),

@@ -19,7 +19,7 @@ from lora_jax.sampling import GREEDY, Sampling
 from lora_jax.serve import engine as engine_module
 from lora_jax.serve.answer import Request
 from lora_jax.serve.engine import Engine
-from lora_jax.serve.rows import Rows, Seat, decode, read_prompts
+from lora_jax.serve.rows import Asked, Rows, Seat, decode, read_prompts
 from lora_jax.text_stream import Until
 
 NAMES = [*KINDS, 'all.1', 'dora.1', 'ragged.1', 'o_proj.1']
@@ -72,7 +72,7 @@ def test_prompts_of_a_length_that_come_together_are_read_together(engine, reques
   shapes = []
 
   def noted(*arguments):
-    shapes.append(arguments[-2].shape)
+    shapes.append(arguments[6].shape)
     return read_prompts(*arguments)
 
   monkeypatch.setattr(engine_module, 'read_prompts', noted)
@@ -323,12 +323,12 @@ def test_a_step_copies_no_cache(warm, optimised):
   """All programs take less beside their arguments than the cache that they write to."""
   rows = jax.eval_shape(lambda: Rows.empty(MODEL.config, CONFIG.rows, 4096, MODEL.dtype))
   cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows.kv))
-  state = (*warm._program, rows, warm._tokens_B)
-  programs = [decode.lower(*state, 4096)]
+  state, asked = (*warm._program, rows, warm._chosen), Asked.of(True, True)
+  programs = [decode.lower(*state, asked, 4096)]
   for count in (1, CONFIG.rows):
     prompts_PT = np.zeros((count, CONFIG.shortest), np.int32)
     seats = jax.tree.map(lambda *leaves: np.stack(leaves), *[Seat.of(0, NONE, 1, GREEDY)] * count)
-    programs.append(read_prompts.lower(*state, prompts_PT, seats))
+    programs.append(read_prompts.lower(*state, prompts_PT, seats, asked))
   for lowered in programs:
     held = lowered.compile().memory_analysis()
     assert held.alias_size_in_bytes >= cache

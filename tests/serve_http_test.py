@@ -205,7 +205,7 @@ def test_who_leaves_frees_a_row_and_a_slot(server, client, raw):
 def test_what_is_wrong_is_said_with_its_status(server, raw):
   text, load, unload = '/v1/completions', '/v1/load_lora_adapter', '/v1/unload_lora_adapter'
   ask = {'model': BASE, 'prompt': [5, 6], 'max_tokens': 2}
-  image = [{'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,'}}]
+  image = [{'type': 'image_url', 'image_url': {'url': 'data:image/png;base64,AAAA'}}]
   chat = {'model': BASE, 'messages': [{'role': 'user', 'content': image}]}
   named = lambda path: {'lora_name': 'x', 'lora_path': path}
   cases = [
@@ -215,7 +215,7 @@ def test_what_is_wrong_is_said_with_its_status(server, raw):
     (text, ask | {'prompt': ''}, 400, 'prompt is empty'),
     (text, ask | {'model': 'nope'}, 404, "no adapter 'nope'"),
     (text, ask | {'model': '../../etc/passwd'}, 404, 'no adapter'),
-    (text, ask | {'logprobs': 1}, 400, 'logprobs is not supported'),
+    (text, ask | {'suffix': 'x'}, 400, 'suffix is not supported'),
     ('/v1/chat/completions', chat, 400, 'images are not taken'),
     (text, ask | {'prompt': 'x' * 30_000}, 413, '20000 bytes'),
     (load, named('../../etc/passwd'), 400, 'no adapter'),

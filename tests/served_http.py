@@ -39,6 +39,12 @@ def engine(root):
   return held
 
 
+def is_free(engine):
+  """Whether nothing is answered, nor any adapter in use."""
+  at = (engine.busy, engine.counts.free_rows, engine.counts.slots_in_use)
+  return at == (False, engine.config.rows, 0)
+
+
 @dataclasses.dataclass
 class Served:
   """A server that runs.
@@ -63,21 +69,16 @@ class Served:
   def is_free(self):
     """Whether, within seconds, nobody waits or sits, and no slot is in use."""
     end = time.monotonic() + 20
-    free = lambda: (
-      self.engine.counts.free_rows == CONFIG.rows
-      and not self.engine.busy
-      and not self.engine.counts.slots_in_use
-    )
-    while not free() and time.monotonic() < end:
+    while not is_free(self.engine) and time.monotonic() < end:
       time.sleep(0.01)
-    return free()
+    return is_free(self.engine)
 
 
 @contextlib.contextmanager
-def running(engine, **limits):
+def running(engine, tokenizer=TOKENIZER, **limits):
   """Serves an engine until the end of the block, and then drains."""
   with Runner(engine) as runner, socket.create_server(('127.0.0.1', 0)) as sock:
-    app = build(runner, engine, TOKENIZER, BASE, Limits(keys=(KEY,), **limits))
+    app = build(runner, engine, tokenizer, BASE, Limits(keys=(KEY,), **limits))
     settings = uvicorn.Config(app, http='h11', ws='none', log_level='critical', access_log=False)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, args=([sock],))

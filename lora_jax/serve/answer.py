@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.sampling import GREEDY, Sampling
 from lora_jax.serve.library import Listing
+from lora_jax.serve.likelihood import Likelihood
 from lora_jax.text_stream import TextStream, Until
 
 # How an answer ended: at the end of the turn or before a stop string; with its last token;
@@ -24,6 +25,9 @@ class Request:
     max_tokens: the longest answer; None: as long as there is room for.
     sampling: how tokens are chosen. What they are depends on no other request.
     stop: strings that end the answer, and are not in it.
+    likeliest: how many of the likeliest tokens are told beside each token's likelihood; None:
+      no likelihoods are told.
+    echo: whether those of the prompt are told too; the answer may then be of no tokens.
   """
 
   prompt: Sequence[int]
@@ -31,6 +35,8 @@ class Request:
   max_tokens: int | None = None
   sampling: Sampling = GREEDY
   stop: Sequence[str] = ()
+  likeliest: int | None = None
+  echo: bool = False
 
 
 class Answer:
@@ -46,6 +52,8 @@ class Answer:
       or may become a stop string is missing.
     finish: how it ended; None: it goes on.
     error: what failed.
+    likelihoods: of its tokens, where they are asked for; of one that ends the turn too.
+    of_prompt: those of the prompt's tokens from the second on, where they are asked for.
   """
 
   def __init__(
@@ -63,9 +71,15 @@ class Answer:
     self.text = ''
     self.finish: Finish | None = None
     self.error = ''
+    self.likelihoods: list[Likelihood] = []
+    self.of_prompt: list[Likelihood] = []
     self._eos_id = tokenizer.eos_id
     self._stream, self._until = TextStream(tokenizer), Until(request.stop)
     self._deliver = deliver
+
+  def skip(self) -> None:
+    """Ends it before its first token, since none is wanted."""
+    self._end('length', '')
 
   def push(self, token_id: int) -> None:
     """Takes the next token, with which it may end."""

@@ -15,12 +15,11 @@ they are sampled. After `warm_up` nothing is compiled. An engine is used by one 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.bank_kernel import NONE
@@ -33,7 +32,8 @@ from lora_jax.serve.answer import Answer, Request
 from lora_jax.serve.bank import AdapterBank, Updates
 from lora_jax.serve.config import ServeConfig
 from lora_jax.serve.library import Library
-from lora_jax.serve.rows import Rows, Seat, decode, read_prompts
+from lora_jax.serve.likelihood import MOST, Likelihoods
+from lora_jax.serve.rows import Asked, Chosen, Rows, Seat, decode, read_prompts
 from lora_jax.serve.schedule import Schedule
 from lora_jax.serve.slots import Slots
 from lora_jax.transformer import Transformer
@@ -93,11 +93,11 @@ class Engine:
     """
     self.config = config
     self.bank = AdapterBank(params, config, model.dtype)
-    self.library: Library[Updates] = Library(adapters, self._read, config.host_bytes)
+    self.library: Library[Updates] = Library(adapters, self._load, config.host_bytes)
     self._model, self._params, self._tokenizer = model, params, tokenizer
     self._head = jax.jit(head_kernel, static_argnums=(0, 2))(model, params, config.rows)
     self._rows = Rows.empty(model.config, config.rows, config.length, model.dtype)
-    self._tokens_B = jnp.zeros(config.rows, jnp.int32)
+    self._chosen = Chosen.empty(model.config, config.rows)
     self._slots = Slots(config.slots)
     self._schedule: Schedule[Answer] = Schedule(config.rows, config.length)
     self._prompt_tokens = self._answer_tokens = self._loads = 0
@@ -108,9 +108,9 @@ class Engine:
     for length in self.config.lengths:
       one = ([0], Seat.of(0, NONE, 1, GREEDY))
       for count in {1, self.config.together(length)}:
-        self._read_prompts(length, [one] * count)
-      self._decode(length)
-    jax.block_until_ready(self._tokens_B)
+        self._read_prompts(length, [one] * count, Asked.of(False))
+      self._decode(length, Asked.of(False))
+    jax.block_until_ready(self._chosen)
 
   @property
   def busy(self) -> bool:
@@ -146,7 +146,8 @@ class Engine:
 
     Raises:
       UserError: the prompt is empty, too long or no tokens of this base; no token is asked
-        for, or more than there is room for; there is no such adapter, or it is damaged.
+        for, or more than there is room for; likelihoods of too many tokens are; there is no
+        such adapter, or it is damaged.
     """
     count, room = len(request.prompt), self.config.length
     if not count:
@@ -157,8 +158,10 @@ class Engine:
     if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
       raise UserError(f'the prompt has tokens that are not in 0-{vocabulary - 1}')
     limit = room - count if request.max_tokens is None else request.max_tokens
-    if limit < 1:
+    if limit < 0 or not (limit or request.echo):
       raise UserError(f'max_tokens is {limit}; ask for at least 1')
+    if not 0 <= (request.likeliest or 0) <= MOST:
+      raise UserError(f'{request.likeliest} likeliest tokens are asked for; ask for 0 to {MOST}')
     if count + limit > room:
       raise UserError(
         f'the prompt has {count} tokens and the answer may have {limit}, and there is room for '
@@ -197,33 +200,43 @@ class Engine:
 
   def step(self) -> None:
     """Seats who can be seated, and gives each who sits their next token."""
-    of_length: dict[int, list[tuple[Sequence[int], Seat]]] = {}
+    of_length: dict[int, list[tuple[Answer, Seat]]] = {}
     for answer, row, slot in self._schedule.seat(self._acquire):
-      prompt = answer.request.prompt
-      seat = Seat.of(row, slot, len(prompt), answer.request.sampling)
-      of_length.setdefault(answer.cost, []).append((prompt, seat))
-      self._prompt_tokens += len(prompt)
-    for length, those in of_length.items():
-      most = self.config.together(length)
-      for at in range(0, len(those), most):
-        some = those[at : at + most]
-        # One alone has a program of its own; of more, the last fills up.
-        self._read_prompts(length, some + [some[-1]] * (most - len(some) if len(some) > 1 else 0))
-    seated, tokens_B = self._schedule.seated, self._tokens_B
+      seat = Seat.of(row, slot, len(answer.request.prompt), answer.request.sampling)
+      of_length.setdefault(answer.cost, []).append((answer, seat))
+      self._prompt_tokens += len(answer.request.prompt)
+    asked = Asked.of(_ask(self._schedule.seated))
+    read = [
+      reading
+      for length, those in of_length.items()
+      for reading in self._read(length, those, bool(asked.chosen))
+    ]
+    seated, chosen = self._schedule.seated, self._chosen
     # What follows the tokens at hand is begun before they are looked at, so that the device
     # does not wait for the host.
     if any(len(answer.ids) + 1 < answer.limit for answer in seated):
-      self._decode(max(len(answer.request.prompt) + len(answer.ids) for answer in seated))
+      reach = max(len(answer.request.prompt) + len(answer.ids) for answer in seated)
+      self._decode(reach, asked)
     if not seated:
       return
-    ids = np.asarray(tokens_B).tolist()
+    for answers, likelihoods_PT in read:
+      _tell(answers, likelihoods_PT)
+    ids = np.asarray(chosen.tokens_B).tolist()
+    likelihoods_B = chosen.likelihoods_B.fetch() if asked.chosen else None
     for answer, row in seated.items():
       # Whoever is told of one answer may have cancelled another.
-      if answer.finish is None:
+      if answer.finish is not None:
+        continue
+      likeliest = answer.request.likeliest
+      if not answer.limit:
+        answer.skip()
+      else:
+        if likelihoods_B is not None and likeliest is not None:
+          answer.likelihoods.append(likelihoods_B.at(row, ids[row], likeliest))
         answer.push(ids[row])
         self._answer_tokens += 1
-        if answer.finish is not None:
-          self._leave(answer)
+      if answer.finish is not None:
+        self._leave(answer)
 
   def _acquire(self, answer: Answer) -> int | None:
     """The slot that an answer's adapter is in, written now if it was not there."""
@@ -251,22 +264,59 @@ class Engine:
     if self._schedule.leave(answer) and answer.listing is not None:
       self._slots.release(answer.listing)
 
-  def _read(self, directory: Path) -> Updates:
+  def _load(self, directory: Path) -> Updates:
     return self.bank.fit(peft.read(directory, self._params), directory.name)
 
-  def _read_prompts(self, length: int, those: Sequence[tuple[Sequence[int], Seat]]) -> None:
+  def _read(
+    self, length: int, those: Sequence[tuple[Answer, Seat]], chosen: bool
+  ) -> Iterator[tuple[Sequence[Answer], Likelihoods]]:
+    """Reads the prompts of one length; whose likelihoods are asked for, and all of theirs."""
+    most = self.config.together(length)
+    for at in range(0, len(those), most):
+      some = those[at : at + most]
+      answers, prompts = (
+        [one for one, _ in some],
+        [(one.request.prompt, seat) for one, seat in some],
+      )
+      # One alone has a program of its own; of more, the last fills up.
+      prompts += [prompts[-1]] * (most - len(some) if len(some) > 1 else 0)
+      told = _ask(one for one in answers if one.request.echo)
+      likelihoods_PT = self._read_prompts(length, prompts, Asked.of(chosen, told))
+      if told:
+        yield answers, likelihoods_PT
+
+  def _read_prompts(
+    self, length: int, those: Sequence[tuple[Sequence[int], Seat]], asked: Asked
+  ) -> Likelihoods:
     prompts_PT = np.zeros((len(those), length), np.int32)
     for padded_T, (prompt, _) in zip(prompts_PT, those, strict=True):
       padded_T[: len(prompt)] = prompt
     seats = jax.tree.map(lambda *leaves: np.stack(leaves), *(seat for _, seat in those))
-    state = (self._rows, self._tokens_B)
-    self._rows, self._tokens_B = read_prompts(*self._program, *state, prompts_PT, seats)
+    state = (self._rows, self._chosen, prompts_PT, seats, asked)
+    self._rows, self._chosen, likelihoods_PT = read_prompts(*self._program, *state)
+    return likelihoods_PT
 
-  def _decode(self, reach: int) -> None:
-    state = (self._rows, self._tokens_B, self.config.padded(reach))
-    self._rows, self._tokens_B = decode(*self._program, *state)
+  def _decode(self, reach: int, asked: Asked) -> None:
+    state = (self._rows, self._chosen, asked, self.config.padded(reach))
+    self._rows, self._chosen = decode(*self._program, *state)
 
   @property
   def _program(self) -> tuple[Any, ...]:
     """What both programs begin with."""
     return self._model, self._params, self.bank.held, self._head
+
+
+def _ask(answers: Iterable[Answer]) -> bool:
+  """Whether likelihoods are asked for by any of them."""
+  return any(answer.request.likeliest is not None for answer in answers)
+
+
+def _tell(answers: Sequence[Answer], likelihoods_PT: Likelihoods) -> None:
+  """Gives answers the likelihoods of their prompts, in whose order they are."""
+  on_host = likelihoods_PT.fetch()
+  for i, answer in enumerate(answers):
+    likeliest, prompt = answer.request.likeliest, answer.request.prompt
+    if answer.request.echo and likeliest is not None:
+      own_T = jax.tree.map(lambda leaf, i=i: leaf[i], on_host)
+      # After each token comes the next.
+      answer.of_prompt += [own_T.at(j, token, likeliest) for j, token in enumerate(prompt[1:])]

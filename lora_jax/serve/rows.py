@@ -21,11 +21,14 @@ from lora_jax.head import logits
 from lora_jax.kernels import Kernel
 from lora_jax.sampling import Draw, Sampling, choose_rows
 from lora_jax.serve.bank import attach
+from lora_jax.serve.likelihood import Likelihoods
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer
 
 Params = Mapping[str, Any]
 # XLA's seeds are of 32 bits.
 _SEEDS = 2**32
+# Tokens of prompts whose logits are there at the same time, where they are told of.
+_TOLD = 64
 
 
 @flax.struct.dataclass
@@ -58,6 +61,42 @@ class Rows:
       zeros(jnp.int32),
       Draw(keys, zeros(jnp.float32), zeros(jnp.float32), zeros(jnp.int32)),
     )
+
+
+@flax.struct.dataclass
+class Chosen:
+  """What each row goes on from. It outlives the step that makes the next.
+
+  Attributes:
+    tokens_B: the token.
+    likelihoods_B: of it, in a step whose likelihoods are asked for.
+  """
+
+  tokens_B: jax.Array
+  likelihoods_B: Likelihoods
+
+  @classmethod
+  def empty(cls, config: ModelConfig, rows: int) -> 'Chosen':
+    """Of rows without requests."""
+    return cls(jnp.zeros(rows, jnp.int32), Likelihoods.none(config.vocab_size, rows))
+
+
+@flax.struct.dataclass
+class Asked:
+  """What is to be told of tokens beside their ids: scalars, whatever it is of whom.
+
+  Attributes:
+    chosen: likelihoods of what is chosen.
+    read: likelihoods of what is read.
+  """
+
+  chosen: Any
+  read: Any
+
+  @classmethod
+  def of(cls, chosen: bool, read: bool = False) -> 'Asked':
+    """In the one dtype that programs are compiled for."""
+    return cls(np.bool_(chosen), np.bool_(read))
 
 
 @flax.struct.dataclass
@@ -100,10 +139,11 @@ def read_prompts(
   banks: Mapping[str, Bank],
   head: Kernel,
   rows: Rows,
-  tokens_B: jax.Array,
+  chosen: Chosen,
   prompts_PT: jax.Array,
   seats: Seat,
-) -> tuple[Rows, jax.Array]:
+  asked: Asked,
+) -> tuple[Rows, Chosen, Likelihoods]:
   """Seats requests in rows and chooses their first tokens.
 
   Args:
@@ -112,19 +152,23 @@ def read_prompts(
     banks: of an `AdapterBank`.
     head: from `head_kernel`.
     rows: all rows, which are given up.
-    tokens_B: the token that each row goes on from.
+    chosen: what each row goes on from.
     prompts_PT: token ids, padded on the right; T is at most what a row has room for.
     seats: where, and how, (P,); one that is there twice has the same prompt each time.
+    asked: what is to be told.
 
   Returns:
-    All rows, and what they go on from.
+    All rows, what they go on from, and the likelihoods (P, T) of what comes after each token
+    of a prompt, where they are asked for.
   """
   kv: Any
   hidden_PTD, kv = model.apply({'params': attach(params, banks, seats.slot)}, prompts_PT)
   last_PD = hidden_PTD[jnp.arange(len(prompts_PT)), seats.length - 1]
   keys_P = jax.vmap(jax.random.key)(seats.seed)
   draws = Draw(keys_P, seats.temperature, seats.top_p, seats.top_k)
-  tokens_P = choose_rows(logits(model, last_PD, head), seats.length, draws)
+  logits_PV = logits(model, last_PD, head)
+  tokens_P = choose_rows(logits_PV, seats.length, draws)
+  fresh = Chosen(tokens_P, _likelihoods(asked.chosen, logits_PV, tokens_P))
   put = lambda old_B, new_P: old_B.at[seats.row].set(new_P)
 
   def whole(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -143,7 +187,9 @@ def read_prompts(
     put(rows.slots_B, seats.slot),
     jax.tree.map(put, rows.draws, draws),
   )
-  return rows, put(tokens_B, tokens_P)
+  read = lambda: _of_prompts(model, head, hidden_PTD, prompts_PT)
+  nothing = lambda: Likelihoods.none(model.config.vocab_size, *prompts_PT.shape)
+  return rows, jax.tree.map(put, chosen, fresh), jax.lax.cond(asked.read, read, nothing)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'reach'), donate_argnames='rows')
@@ -153,9 +199,10 @@ def decode(
   banks: Mapping[str, Bank],
   head: Kernel,
   rows: Rows,
-  tokens_B: jax.Array,
+  chosen: Chosen,
+  asked: Asked,
   reach: int,
-) -> tuple[Rows, jax.Array]:
+) -> tuple[Rows, Chosen]:
   """Reads a token in every row and chooses the next.
 
   Args:
@@ -164,7 +211,8 @@ def decode(
     banks: of an `AdapterBank`.
     head: from `head_kernel`.
     rows: all rows, which are given up.
-    tokens_B: the token that each row goes on from.
+    chosen: what each row goes on from.
+    asked: what is to be told.
     reach: how many tokens come before it, at most, in a row that matters.
 
   Returns:
@@ -175,13 +223,41 @@ def decode(
   kv: Any
   hidden_B1D, kv = model.apply(
     {'params': attach(params, banks, rows.slots_B)},
-    tokens_B[:, None],
+    chosen.tokens_B[:, None],
     positions_B1,
     past=((jax.tree.map(lambda leaf: leaf[:, :, :, :reach], rows.kv), held_BS),),
   )
   next_B = rows.positions_B + 1
-  chosen_B = choose_rows(logits(model, hidden_B1D[:, 0], head), next_B, rows.draws)
+  logits_BV = logits(model, hidden_B1D[:, 0], head)
+  tokens_B = choose_rows(logits_BV, next_B, rows.draws)
+  chosen = Chosen(tokens_B, _likelihoods(asked.chosen, logits_BV, tokens_B))
   # Rows that nobody sits in go on for ever, and write nothing beyond their last slot.
   positions_B = jnp.minimum(next_B, rows.kv.k_LBKSH.shape[3])
   kv = rows.kv.write_each(kv, rows.positions_B)
-  return dataclasses.replace(rows, kv=kv, positions_B=positions_B), chosen_B
+  return dataclasses.replace(rows, kv=kv, positions_B=positions_B), chosen
+
+
+def _likelihoods(asked: jax.Array, logits_NV: jax.Array, ids_N: jax.Array) -> Likelihoods:
+  count, vocabulary = logits_NV.shape
+  return jax.lax.cond(
+    asked,
+    lambda: Likelihoods.of(logits_NV, ids_N),
+    lambda: Likelihoods.none(vocabulary, count),
+  )
+
+
+def _of_prompts(
+  model: Transformer, head: Kernel, hidden_PTD: jax.Array, prompts_PT: jax.Array
+) -> Likelihoods:
+  """Of what comes after each token; that after a prompt's last one is not looked at."""
+  shape, dim = prompts_PT.shape, hidden_PTD.shape[-1]
+  # A few tokens at a time, since there are many in the vocabulary.
+  count = prompts_PT.size
+  more = -count % _TOLD
+  hidden_ND = jnp.pad(hidden_PTD.reshape(count, dim), ((0, more), (0, 0)))
+  next_N = jnp.pad(jnp.roll(prompts_PT, -1, axis=1).reshape(count), (0, more))
+  parts = hidden_ND.reshape(-1, _TOLD, dim), next_N.reshape(-1, _TOLD)
+  told = jax.lax.map(lambda part: Likelihoods.of(logits(model, part[0], head), part[1]), parts)
+  return jax.tree.map(
+    lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count].reshape(*shape, *leaf.shape[2:]), told
+  )

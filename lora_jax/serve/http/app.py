@@ -62,6 +62,9 @@ def build(
     Route('/v1/chat/completions', Answering(desk, asked.Chat, said.ChatSaying), methods=['POST']),
     Route('/v1/load_lora_adapter', desk.load, methods=['POST']),
     Route('/v1/unload_lora_adapter', desk.unload, methods=['POST']),
+    Route('/tokenize', desk.tokenize, methods=['POST']),
+    Route('/detokenize', desk.detokenize, methods=['POST']),
+    Route('/tokenizer_info', desk.tokenizer_info),
   ]
   return Starlette(
     routes=routes,
@@ -147,6 +150,33 @@ class Desk:
     await asyncio.to_thread(self.runner.unload, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed")
 
+  async def tokenize(self, request: Request) -> Response:
+    """The tokens of a text, as vLLM has it."""
+    body = asked.parse(asked.Spell, await request.body())
+    encode = (
+      self.tokenizer.encode if body.add_special_tokens is False else self.tokenizer.encode_text
+    )
+    ids = await asyncio.to_thread(encode, body.prompt)
+    length = self._engine.config.length
+    return JSONResponse({'count': len(ids), 'max_model_len': length, 'tokens': ids})
+
+  async def detokenize(self, request: Request) -> Response:
+    """The text of tokens, as vLLM has it."""
+    body = asked.parse(asked.Read, await request.body())
+    last = self.tokenizer.vocab_size - 1
+    if not all(0 <= token <= last for token in body.tokens):
+      raise RefusalError(400, f'tokens: give ids of 0-{last}', param='tokens')
+    return JSONResponse({'prompt': self.tokenizer.decode(body.tokens, skip_special=False)})
+
+  async def tokenizer_info(self, _: Request) -> Response:
+    """What a client has to know of the tokenizer, as vLLM has it."""
+    names = {token: text for text, token in self.tokenizer.special_tokens.items()}
+    ids = {'bos': self.tokenizer.bos_id, 'eos': self.tokenizer.eos_id, 'pad': self.tokenizer.pad_id}
+    return JSONResponse(
+      {f'{name}_token': None if i is None else names.get(i) for name, i in ids.items()}
+      | {'chat_template': self.tokenizer.template.standalone()}
+    )
+
   def _card(self, name: str) -> dict[str, Any]:
     base = self._base if self.adapter(name) else None
     return said.model_card(name, self._created, self._engine.config.length, base)
@@ -183,7 +213,7 @@ class Answering:
     await asyncio.to_thread(inbox.submit, requests)
     # What fails before anything is said still has a status of its own.
     first = await _heard(inbox, watch)
-    saying = self._saying(body.model, body.n or 1)
+    saying = self._saying(body, self._desk.tokenizer)
     if body.stream:
       stream = _events(saying, body, inbox, first, watch)
       headers = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
@@ -192,7 +222,8 @@ class Answering:
       return
     while inbox.expects:
       await _heard(inbox, watch)
-    content = saying.whole(inbox.answers)
+    # What is told of many tokens takes time too.
+    content = await asyncio.to_thread(saying.whole, inbox.answers)
     watch.ended()
     await JSONResponse(content)(scope, receive, send)
 

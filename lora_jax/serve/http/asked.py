@@ -11,6 +11,7 @@ from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.sampling import Sampling
 from lora_jax.serve.answer import Request
 from lora_jax.serve.http.refusal import RefusalError
+from lora_jax.serve.likelihood import MOST
 
 Body = TypeVar('Body', bound='Asked')
 
@@ -27,7 +28,6 @@ _ABSENT: Mapping[str, Any] = {
   'functions': [],
   'ignore_eos': False,
   'logit_bias': {},
-  'logprobs': False,
   'min_p': 0,
   'modalities': ['text'],
   'presence_penalty': 0,
@@ -38,12 +38,13 @@ _ABSENT: Mapping[str, Any] = {
   'tool_choice': 'none',
   'tools': [],
   'top_logprobs': 0,
-  # Of a message, as answers have them.
+  # Of a message, as answers have them, or clients that say so of every one.
   'annotations': [],
   'tool_calls': [],
+  'type': 'text',
 }
-# Stop strings are looked for in every piece of text.
-_STOPS, _STOP_LENGTH = 4, 256
+# Stop strings are looked for in every piece of text. OpenAI takes 4, some tasks have more.
+_STOPS, _STOP_LENGTH = 16, 256
 
 
 class _Form(BaseModel):
@@ -88,6 +89,20 @@ class Asked(_Form):
     raise NotImplementedError
 
   @property
+  def likeliest(self) -> int | None:
+    """How many of the likeliest tokens are told beside each; None: no log probabilities are."""
+    raise NotImplementedError
+
+  @property
+  def echoes(self) -> bool:
+    """Whether an answer begins with its prompt."""
+    return False
+
+  def echoed(self, number: int) -> str | None:
+    """A prompt as it was asked; None: as token ids."""
+    raise NotImplementedError
+
+  @property
   def count(self) -> int:
     """How many answers are wanted."""
     return self.prompt_count * (self.n or 1)
@@ -114,7 +129,9 @@ class Asked(_Form):
     for prompt in self._prompts(tokenizer):
       for _ in range(self.n or 1):
         sampling = Sampling(temperature, self.top_p or 1.0, top_k, seed)
-        yield Request(prompt, adapter, self._limit, sampling, self.stop)
+        yield Request(
+          prompt, adapter, self._limit, sampling, self.stop, self.likeliest, self.echoes
+        )
         seed += 1
 
   def _prompts(self, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
@@ -149,10 +166,16 @@ class Chat(Asked):
 
   messages: list[Message] = Field(min_length=1)
   max_completion_tokens: int | None = Field(None, ge=1)
+  logprobs: bool | None = None
+  top_logprobs: int | None = Field(None, ge=0, le=MOST)
 
   @property
   def prompt_count(self) -> int:
     return 1
+
+  @property
+  def likeliest(self) -> int | None:
+    return (self.top_logprobs or 0) if self.logprobs else None
 
   def _prompts(self, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
     role = lambda held: 'system' if held == 'developer' else held
@@ -177,10 +200,18 @@ def _prompt(value: Any) -> list[Any]:
   return prompts
 
 
+# Some clients say `false` for none.
+_FalseIsNone = pydantic.BeforeValidator(lambda value: None if value is False else value)
+
+
 class Text(Asked):
   """Texts to go on with."""
 
   prompt: Annotated[list[Any], pydantic.PlainValidator(_prompt)]
+  # Of a prompt that is echoed, no more than its likelihood may be wanted.
+  max_tokens: int | None = Field(None, ge=0)
+  logprobs: Annotated[int | None, _FalseIsNone] = Field(None, ge=0, le=MOST)
+  echo: bool | None = None
 
   # As everywhere where this interface is spoken.
   longest: ClassVar[int | None] = 16
@@ -188,6 +219,18 @@ class Text(Asked):
   @property
   def prompt_count(self) -> int:
     return len(self.prompt)
+
+  @property
+  def likeliest(self) -> int | None:
+    return self.logprobs
+
+  @property
+  def echoes(self) -> bool:
+    return bool(self.echo)
+
+  def echoed(self, number: int) -> str | None:
+    prompt = self.prompt[number]
+    return prompt if isinstance(prompt, str) else None
 
   def _prompts(self, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
     for prompt in self.prompt:
@@ -199,6 +242,21 @@ class Load(_Form):
 
   lora_name: str = Field(pattern=r'^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$')
   lora_path: str = Field(min_length=1, max_length=4096)
+
+
+class Spell(_Form):
+  """A text whose tokens are wanted; as `encode_text` has it, or without what begins a text."""
+
+  prompt: str
+  model: str | None = None
+  add_special_tokens: bool | None = None
+
+
+class Read(_Form):
+  """Tokens whose text is wanted."""
+
+  tokens: list[int]
+  model: str | None = None
 
 
 class Unload(_Form):
@@ -233,7 +291,12 @@ def _check_all_taken(form: _Form, where: str) -> None:
     if not (value is None or name in _LABELS or _is_absent(name, value)):
       param = f'{where}{name}'
       raise RefusalError(400, f'{param} is not supported; leave it out', param=param)
+  if isinstance(form, Text) and form.max_tokens == 0 and not form.echoes:
+    message = 'max_tokens: 0 is for prompts that are echoed; ask for at least 1'
+    raise RefusalError(400, message, param='max_tokens')
   if isinstance(form, Chat):
+    if form.top_logprobs and not form.logprobs:
+      raise RefusalError(400, 'top_logprobs goes with logprobs', param='top_logprobs')
     for i, message in enumerate(form.messages):
       _check_all_taken(message, f'messages.{i}.')
   if isinstance(form, Asked) and form.stream_options:
