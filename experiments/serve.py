@@ -82,7 +82,7 @@ def main() -> None:
       )
     model, params = _flags.put_on_device(base, settings.train)
     adapters = None if _ADAPTERS.value is None else Path(_ADAPTERS.value).expanduser()
-    engine = Engine(model, params, base.tokenizer, config, adapters)
+    engine = Engine(model, params, base.tokenizer, config, adapters, base.images)
     if engine.library.left_out:
       print(
         f'left out of --adapters, since they are links to what lies elsewhere: '

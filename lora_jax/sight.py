@@ -41,7 +41,8 @@ _TILES, _TILES_CPU = 16, 4
 # Images decoded ahead of the tower. Those of a large one take 50 MB.
 _AHEAD, _THREADS = 4, 4
 
-_SIGHT = ('vision', 'connector')
+# Of the parameters, what sees.
+SIGHT = ('vision', 'connector')
 
 # A picture and its tiles, ready for the tower.
 _Ready = tuple[Picture, np.ndarray]
@@ -67,7 +68,7 @@ class Sight:
     self.eyes = eyes
     self.looked_at = 0
     self._model = model
-    self._params = {name: params[name] for name in _SIGHT}
+    self._params = {name: params[name] for name in SIGHT}
     self._directory = directory
     self._asked: set[str] = set()
 
@@ -109,7 +110,7 @@ class Sight:
 
   def _features(self, coming: Iterator[_Ready]) -> Iterator[tuple[Picture, np.ndarray]]:
     """Runs the tower over tiles as they come, and gives each image's when it has them all."""
-    together = _TILES_CPU if jax.default_backend() == 'cpu' else _TILES
+    together = tiles_together()
     waiting: list[np.ndarray] = []
     begun: list[Picture] = []
     made: list[np.ndarray] = []
@@ -137,6 +138,11 @@ class Sight:
       yield from run()
     if damaged is not None:
       raise damaged
+
+
+def tiles_together() -> int:
+  """How many tiles the tower is given at a time on this device: of fewer, the rest are empty."""
+  return _TILES_CPU if jax.default_backend() == 'cpu' else _TILES
 
 
 @functools.partial(jax.jit, static_argnames='model')

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.sampling import GREEDY, Sampling
 from lora_jax.serve.library import Listing
 from lora_jax.serve.likelihood import Likelihood
+from lora_jax.serve.looking import Shown
 from lora_jax.text_stream import TextStream, Until
 
 # How an answer ended: at the end of the turn or before a stop string; with its last token;
@@ -28,6 +31,7 @@ class Request:
     likeliest: how many of the likeliest tokens are told beside each token's likelihood; None:
       no likelihoods are told.
     echo: whether those of the prompt are told too; the answer may then be of no tokens.
+    images: those that the prompt has a token for each embedding of, in order.
   """
 
   prompt: Sequence[int]
@@ -37,6 +41,7 @@ class Request:
   stop: Sequence[str] = ()
   likeliest: int | None = None
   echo: bool = False
+  images: Sequence[Shown] = ()
 
 
 class Answer:
@@ -44,6 +49,7 @@ class Answer:
 
   Attributes:
     request: what was asked.
+    seen: values_ED of its images until they are read, or None where it has none.
     listing: the adapter that it names, or None.
     cost: to what length its prompt is padded.
     limit: tokens that it may have.
@@ -64,8 +70,10 @@ class Answer:
     limit: int,
     tokenizer: ChatTokenizer,
     deliver: Callable[['Answer', str], None],
+    seen: np.ndarray | None = None,
   ):
     """Starts empty; `deliver` as in `Engine.submit`."""
+    self.seen = seen
     self.request, self.listing, self.cost, self.limit = request, listing, cost, limit
     self.ids: list[int] = []
     self.text = ''

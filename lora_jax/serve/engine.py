@@ -8,7 +8,8 @@
   print(answer.text)
 
 Requests come and go at any step (continuous batching). Prompts are padded to one of few
-lengths, and those of one length that come together are read together; then every step gives
+lengths, and those of one length that come together are read together (one with images by
+itself); then every step gives
 each row its next token, in one program for all of them, whatever their adapters and however
 they are sampled. After `warm_up` nothing is compiled. An engine is used by one thread, as
 `runner` has it; `prepare` by any.
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 
 from lora_jax.bank_kernel import NONE
+from lora_jax.config import ImageConfig
 from lora_jax.errors import UserError
 from lora_jax.head import head_kernel
 from lora_jax.hub import peft
@@ -33,10 +35,12 @@ from lora_jax.serve.bank import AdapterBank, Updates
 from lora_jax.serve.config import ServeConfig
 from lora_jax.serve.library import Library
 from lora_jax.serve.likelihood import MOST, Likelihoods
+from lora_jax.serve.looking import Looker
 from lora_jax.serve.rows import Asked, Chosen, Rows, Seat, decode, read_prompts
 from lora_jax.serve.schedule import Schedule
 from lora_jax.serve.slots import Slots
 from lora_jax.transformer import Transformer
+from lora_jax.vision import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Engine:
     library: the adapters that there are.
     bank: those that are on the device.
     config: how much there is room for.
+    looker: what looks at images, or None where the base does not see.
   """
 
   def __init__(
@@ -78,6 +83,7 @@ class Engine:
     tokenizer: ChatTokenizer,
     config: ServeConfig,
     adapters: Path | None = None,
+    images: ImageConfig | None = None,
   ):
     """Takes all memory that it will ever take on the device.
 
@@ -87,6 +93,7 @@ class Engine:
       tokenizer: the base's.
       config: how much there is room for.
       adapters: holds a directory in PEFT's format for each adapter; None: there are none.
+      images: how images are made ready for the base; None: requests have none.
 
     Raises:
       UserError: there is no such directory, or a target matches nothing.
@@ -94,6 +101,7 @@ class Engine:
     self.config = config
     self.bank = AdapterBank(params, config, model.dtype)
     self.library: Library[Updates] = Library(adapters, self._load, config.host_bytes)
+    self.looker = None if images is None else Looker(model, params, images)
     self._model, self._params, self._tokenizer = model, params, tokenizer
     self._head = jax.jit(head_kernel, static_argnums=(0, 2))(model, params, config.rows)
     self._rows = Rows.empty(model.config, config.rows, config.length, model.dtype)
@@ -109,7 +117,12 @@ class Engine:
       one = ([0], Seat.of(0, NONE, 1, GREEDY))
       for count in {1, self.config.together(length)}:
         self._read_prompts(length, [one] * count, Asked.of(False))
+      if self.looker is not None:
+        nothing = np.zeros((0, self._model.config.model_dim), self._model.dtype)
+        self._read_prompts(length, [one], Asked.of(False), nothing)
       self._decode(length, Asked.of(False))
+    if self.looker is not None:
+      self.looker.warm_up()
     jax.block_until_ready(self._chosen)
 
   @property
@@ -147,7 +160,7 @@ class Engine:
     Raises:
       UserError: the prompt is empty, too long or no tokens of this base; no token is asked
         for, or more than there is room for; likelihoods of too many tokens are; there is no
-        such adapter, or it is damaged.
+        such adapter, or it is damaged; an image is.
     """
     count, room = len(request.prompt), self.config.length
     if not count:
@@ -171,8 +184,13 @@ class Engine:
     if listing is not None:
       # So that the step that seats it seldom waits for a disk.
       self.library.fetch(listing)
+    seen = None
+    if request.images:
+      if self.looker is None:
+        raise UserError('this base does not see; ask it without images')
+      seen = self.looker.look(request.images)
     cost = self.config.padded(count)
-    return Answer(request, listing, cost, limit, self._tokenizer, deliver)
+    return Answer(request, listing, cost, limit, self._tokenizer, deliver, seen)
 
   def enqueue(self, answer: Answer) -> None:
     """Puts what was prepared into the queue."""
@@ -272,27 +290,38 @@ class Engine:
   ) -> Iterator[tuple[Sequence[Answer], Likelihoods]]:
     """Reads the prompts of one length; whose likelihoods are asked for, and all of theirs."""
     most = self.config.together(length)
-    for at in range(0, len(those), most):
-      some = those[at : at + most]
-      answers, prompts = (
-        [one for one, _ in some],
-        [(one.request.prompt, seat) for one, seat in some],
-      )
+    texts = [one for one in those if one[0].seen is None]
+    parts = [texts[at : at + most] for at in range(0, len(texts), most)]
+    for some in [*parts, *([one] for one in those if one[0].seen is not None)]:
+      answers = [answer for answer, _ in some]
+      prompts = [(answer.request.prompt, seat) for answer, seat in some]
       # One alone has a program of its own; of more, the last fills up.
       prompts += [prompts[-1]] * (most - len(some) if len(some) > 1 else 0)
-      told = _ask(one for one in answers if one.request.echo)
-      likelihoods_PT = self._read_prompts(length, prompts, Asked.of(chosen, told))
+      told = _ask(answer for answer in answers if answer.request.echo)
+      likelihoods_PT = self._read_prompts(length, prompts, Asked.of(chosen, told), answers[0].seen)
+      answers[0].seen = None
       if told:
         yield answers, likelihoods_PT
 
   def _read_prompts(
-    self, length: int, those: Sequence[tuple[Sequence[int], Seat]], asked: Asked
+    self,
+    length: int,
+    those: Sequence[tuple[Sequence[int], Seat]],
+    asked: Asked,
+    seen: np.ndarray | None = None,
   ) -> Likelihoods:
     prompts_PT = np.zeros((len(those), length), np.int32)
     for padded_T, (prompt, _) in zip(prompts_PT, those, strict=True):
       padded_T[: len(prompt)] = prompt
     seats = jax.tree.map(lambda *leaves: np.stack(leaves), *(seat for _, seat in those))
-    state = (self._rows, self._chosen, prompts_PT, seats, asked)
+    features = None
+    if seen is not None and self.looker is not None:
+      # Room for as many as there can be, so that images of any size are one program.
+      values_1ED: Any = np.zeros((1, length, seen.shape[-1]), seen.dtype)
+      values_1ED[0, : len(seen)] = seen
+      slots_1T: Any = self.looker.eyes.slots(prompts_PT)
+      features = Features(values_1ED, slots_1T)
+    state = (self._rows, self._chosen, prompts_PT, seats, asked, features)
     self._rows, self._chosen, likelihoods_PT = read_prompts(*self._program, *state)
     return likelihoods_PT
 

@@ -23,6 +23,7 @@ from lora_jax.sampling import Draw, Sampling, choose_rows
 from lora_jax.serve.bank import attach
 from lora_jax.serve.likelihood import Likelihoods
 from lora_jax.transformer import NOWHERE, KeyValues, Transformer
+from lora_jax.vision import Features
 
 Params = Mapping[str, Any]
 # XLA's seeds are of 32 bits.
@@ -143,6 +144,7 @@ def read_prompts(
   prompts_PT: jax.Array,
   seats: Seat,
   asked: Asked,
+  features: Features | None = None,
 ) -> tuple[Rows, Chosen, Likelihoods]:
   """Seats requests in rows and chooses their first tokens.
 
@@ -156,13 +158,15 @@ def read_prompts(
     prompts_PT: token ids, padded on the right; T is at most what a row has room for.
     seats: where, and how, (P,); one that is there twice has the same prompt each time.
     asked: what is to be told.
+    features: of the images in the prompts; None: there are none.
 
   Returns:
     All rows, what they go on from, and the likelihoods (P, T) of what comes after each token
     of a prompt, where they are asked for.
   """
   kv: Any
-  hidden_PTD, kv = model.apply({'params': attach(params, banks, seats.slot)}, prompts_PT)
+  attached = {'params': attach(params, banks, seats.slot)}
+  hidden_PTD, kv = model.apply(attached, prompts_PT, features=features)
   last_PD = hidden_PTD[jnp.arange(len(prompts_PT)), seats.length - 1]
   keys_P = jax.vmap(jax.random.key)(seats.seed)
   draws = Draw(keys_P, seats.temperature, seats.top_p, seats.top_k)

@@ -6,6 +6,7 @@ with Runner(engine) as runner:
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import time
@@ -83,6 +84,8 @@ class Desk:
     runner: answers.
     tokenizer: the base's.
     metrics: what is counted.
+    looker: looks at images, or None.
+    lookers: the thread in which it does.
   """
 
   def __init__(
@@ -90,6 +93,8 @@ class Desk:
   ):
     """As `build`; `queue` is how many answers may wait for a row."""
     self.runner, self.tokenizer, self.metrics = runner, tokenizer, Metrics(engine)
+    self.looker = engine.looker
+    self.lookers = concurrent.futures.ThreadPoolExecutor(1, 'images')
     self._engine, self._base = engine, base
     self._room = engine.config.rows + queue
     self._open = 0
@@ -208,9 +213,15 @@ class Answering:
     self, body: asked.Asked, inbox: Inbox, scope: Scope, receive: Receive, send: Send
   ) -> None:
     watch = self._desk.metrics.stopwatch()
-    requests = body.requests(self._desk.tokenizer, self._desk.adapter(body.model))
+    adapter = self._desk.adapter(body.model)
+    requests = body.requests(self._desk.tokenizer, adapter, self._desk.looker)
     # Reading a chat takes time, and so does an adapter.
-    await asyncio.to_thread(inbox.submit, requests)
+    if body.has_images:
+      # So do images, and those who send none are not to wait for a thread because of them.
+      loop = asyncio.get_running_loop()
+      await loop.run_in_executor(self._desk.lookers, inbox.submit, requests)
+    else:
+      await asyncio.to_thread(inbox.submit, requests)
     # What fails before anything is said still has a status of its own.
     first = await _heard(inbox, watch)
     saying = self._saying(body, self._desk.tokenizer)

@@ -1,8 +1,8 @@
 """What may be asked, in the words of OpenAI's interface; what is not done is refused by name."""
 
 import secrets
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,10 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from lora_jax.hub.tokenizer import ChatTokenizer
 from lora_jax.sampling import Sampling
 from lora_jax.serve.answer import Request
+from lora_jax.serve.http import data_url
 from lora_jax.serve.http.refusal import RefusalError
 from lora_jax.serve.likelihood import MOST
+from lora_jax.serve.looking import Looker, Shown
 
-Body = TypeVar('Body', bound='Asked')
+# Token ids, and the images that they have tokens for.
+_Prompt: TypeAlias = tuple[list[int], Sequence[Shown]]
 
 # They are for the books of whoever answers, and change no answer.
 _LABELS = frozenset(
@@ -112,29 +115,38 @@ class Asked(_Form):
     """Whether a stream says how many tokens there were."""
     return bool(self.stream_options and self.stream_options.include_usage)
 
-  def requests(self, tokenizer: ChatTokenizer, adapter: str) -> Iterator[Request]:
+  @property
+  def has_images(self) -> bool:
+    """Whether there is something to look at."""
+    return False
+
+  def requests(
+    self, tokenizer: ChatTokenizer, adapter: str, looker: Looker | None = None
+  ) -> Iterator[Request]:
     """What the engine is asked: `n` of each prompt, one prompt after the other.
 
     Args:
       tokenizer: the base's.
       adapter: by name; '': none.
+      looker: looks at images; None: the base does not see.
 
     Raises:
-      UserError: the chat template refuses the messages.
+      UserError: the chat template refuses the messages; an image cannot be one.
+      RefusalError: there are images, and the base does not see.
     """
     # Two who ask the same without a seed want two answers.
     seed = secrets.randbits(32) if self.seed is None else self.seed
     temperature = 1.0 if self.temperature is None else self.temperature
     top_k = max(self.top_k or 0, 0)
-    for prompt in self._prompts(tokenizer):
+    for prompt, shown in self._prompts(tokenizer, looker):
       for _ in range(self.n or 1):
         sampling = Sampling(temperature, self.top_p or 1.0, top_k, seed)
         yield Request(
-          prompt, adapter, self._limit, sampling, self.stop, self.likeliest, self.echoes
+          prompt, adapter, self._limit, sampling, self.stop, self.likeliest, self.echoes, shown
         )
         seed += 1
 
-  def _prompts(self, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
+  def _prompts(self, tokenizer: ChatTokenizer, looker: Looker | None) -> Iterator[_Prompt]:
     raise NotImplementedError
 
   @property
@@ -142,23 +154,30 @@ class Asked(_Form):
     return self.longest if self.max_tokens is None else self.max_tokens
 
 
-def _content(value: Any) -> list[dict[str, str]]:
+def _content(value: Any) -> list[dict[str, Any]]:
+  """Parts as templates take them; of an image, 'data' is what a chat is rendered without."""
   parts = [{'type': 'text', 'text': value}] if isinstance(value, str) else value
   if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
     raise ValueError('give a text, or a list of parts {"type": "text", "text": ...}')
-  for part in parts:
-    if part.get('type') in ('image_url', 'input_image'):
-      raise ValueError('images are not taken by this server; say in words what there is to see')
-    if part.get('type') != 'text' or not isinstance(part.get('text'), str):
-      raise ValueError('every part is {"type": "text", "text": ...}')
-  return [{'type': 'text', 'text': part['text']} for part in parts]
+  return [_part(part) for part in parts]
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+  if part.get('type') == 'image_url':
+    return {'type': 'image', 'data': data_url.read(part.get('image_url'))}
+  if part.get('type') != 'text' or not isinstance(part.get('text'), str):
+    raise ValueError(
+      'every part is {"type": "text", "text": ...} or, where the base sees, '
+      '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+    )
+  return {'type': 'text', 'text': part['text']}
 
 
 class Message(_Form):
   """A turn."""
 
   role: Literal['system', 'developer', 'user', 'assistant']
-  content: Annotated[list[dict[str, str]], pydantic.PlainValidator(_content)]
+  content: Annotated[list[dict[str, Any]], pydantic.PlainValidator(_content)]
 
 
 class Chat(Asked):
@@ -177,11 +196,30 @@ class Chat(Asked):
   def likeliest(self) -> int | None:
     return (self.top_logprobs or 0) if self.logprobs else None
 
-  def _prompts(self, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
-    role = lambda held: 'system' if held == 'developer' else held
-    yield tokenizer.encode_chat(
-      [{'role': role(turn.role), 'content': turn.content} for turn in self.messages]
-    )
+  @property
+  def has_images(self) -> bool:
+    return any('data' in part for turn in self.messages for part in turn.content)
+
+  def _prompts(self, tokenizer: ChatTokenizer, looker: Looker | None) -> Iterator[_Prompt]:
+    shown, turns = [], []
+    for i, turn in enumerate(self.messages):
+      for j, part in enumerate(turn.content):
+        if 'data' not in part:
+          continue
+        where = f'messages.{i}.content.{j}'
+        if looker is None:
+          said = f'{where}: images are not taken, since this base does not see; say it in words'
+          raise RefusalError(400, said, param=f'messages.{i}.content')
+        shown.append(looker.shown(part['data'], where))
+      role = 'system' if turn.role == 'developer' else turn.role
+      content = [
+        {key: held for key, held in part.items() if key != 'data'} for part in turn.content
+      ]
+      turns.append({'role': role, 'content': content})
+    ids = tokenizer.encode_chat(turns)
+    if looker is not None:
+      ids = looker.eyes.spell(ids, tokenizer, [one.picture for one in shown])
+    yield ids, shown
 
   @property
   def _limit(self) -> int | None:
@@ -232,9 +270,9 @@ class Text(Asked):
     prompt = self.prompt[number]
     return prompt if isinstance(prompt, str) else None
 
-  def _prompts(self, tokenizer: ChatTokenizer) -> Iterator[list[int]]:
+  def _prompts(self, tokenizer: ChatTokenizer, looker: Looker | None) -> Iterator[_Prompt]:
     for prompt in self.prompt:
-      yield tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
+      yield tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt, ()
 
 
 class Load(_Form):

@@ -68,6 +68,9 @@ class Inbox:
     Raises:
       UserError: as `Runner.submit`.
     """
+    # Whoever waited for a thread may have left.
+    if self._closed:
+      return
     for index, request in enumerate(requests):
       answer = self._runner.submit(request, functools.partial(self._deliver, index))
       self.answers.append(answer)
