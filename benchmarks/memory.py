@@ -1,4 +1,4 @@
-"""The most memory that a process had, as the system counts it; standard library only."""
+"""The memory that a process has, or had at most, as the system counts it; standard library only."""
 
 import resource
 import sys
@@ -21,3 +21,12 @@ def peak_bytes() -> int:
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   # macOS counts in bytes, others in KiB.
   return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def resident_bytes() -> int:
+  """What this process has now; where the system does not say, the most that it had."""
+  try:
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+  except OSError:
+    return peak_bytes()
+  return pages * resource.getpagesize()

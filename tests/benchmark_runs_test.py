@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import batches as batching
-from benchmarks import gpu, grid, peer, serve, side, train
+from benchmarks import gpu, grid, peer, serve, serve_soak, side, train
 from lora_jax.attention import SHARED
 from lora_jax.hub import bases, tiny
 
@@ -228,6 +228,17 @@ def test_engine_and_peft_say_the_same_to_a_mixed_batch():
     assert 0 < times[0]['step_seconds'] < times[0]['seconds']
   made = serve.table([record], options)
   assert made.row_count == 6
+
+
+@pytest.mark.slow
+def test_a_soak_is_told_in_a_table():
+  record, known = serve_soak.soak(
+    bases.load('tiny'), adapters=9, slots=2, rows=3, steps=80, each=2, host_bytes=200_000
+  )
+  assert record.wrong == []
+  assert {request.adapter for request, _ in known} > {'', 'adapter-0', 'adapter-8'}
+  assert min(record.greedy, record.loads) > 20
+  assert serve_soak.table(record, known).row_count == 11
 
 
 def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path):

@@ -1,7 +1,6 @@
 """The engine: what it answers, whatever else it is answering."""
 
 import dataclasses
-import random
 import shutil
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 import served
 from served import CONFIG, KINDS, LONGEST, MODEL, NEW, TOKENIZER
 
+from benchmarks.serve_soak import Soak
 from lora_jax import lora
 from lora_jax.bank_kernel import NONE
 from lora_jax.errors import UserError
@@ -91,38 +91,16 @@ def test_prompts_of_a_length_that_come_together_are_read_together(engine, reques
 
 
 def test_hundreds_of_steps_compile_nothing_and_leave_nothing_behind(engine, requests):
-  rng = random.Random(0)
-  before = engine.counts
   memory = sum(array.nbytes for array in jax.live_arrays())
-  answers, cancelled, steps = [], 0, 0
-  with Programs() as programs:
-    while steps < 400 or engine.busy:
-      if steps < 400 and rng.random() < 0.35:
-        request, ids = rng.choice(requests)
-        few = rng.randint(1, NEW)
-        answer = engine.submit(dataclasses.replace(request, max_tokens=few))
-        answers.append((answer, ids[:few]))
-      open_ones = [answer for answer, _ in answers if answer.finish is None]
-      if open_ones and rng.random() < 0.08:
-        gone = rng.choice(open_ones)
-        engine.cancel(gone)
-        assert gone.finish == 'cancelled'
-      engine.step()
-      steps += 1
-  assert programs.count == 0
-  for answer, ids in answers:
-    if answer.finish == 'cancelled':
-      cancelled += 1
-      assert answer.ids == ids[: len(answer.ids)]
-    else:
-      assert (answer.finish, answer.ids) == ('length', ids)
-  assert cancelled > 10
-  assert len(answers) - cancelled > 80
-  assert served.is_free(engine)
+  record = Soak(engine, requests).run(400)
+  assert record.wrong == []
   # Far more adapters than slots: most had to be written again and again.
-  assert engine.counts.loads - before.loads > 2 * len(NAMES)
-  grown = sum(array.nbytes for array in jax.live_arrays()) - memory
-  assert grown <= 0
+  assert record.loads > 2 * len(NAMES)
+  assert record.finished.keys() == {'length', 'cancelled'}
+  assert min(record.finished['cancelled'], record.reloaded) > 5
+  assert record.greedy > 50
+  assert record.again > 10
+  assert max(record.live) <= memory
 
 
 def test_an_adapter_of_other_shapes_than_all_before_compiles_nothing(engine, root):
@@ -136,6 +114,16 @@ def test_an_adapter_of_other_shapes_than_all_before_compiles_nothing(engine, roo
       ask(engine, Request((3, 4), name, 2))
       engine.unload(name)
   assert programs.count == 0
+
+
+def test_a_soak_finds_what_is_wrong(tmp_path, requests):
+  engine = Engine(MODEL, served.params(), TOKENIZER, CONFIG, served.write(tmp_path, NAMES))
+  # Somebody who never lets go, and answers that are none.
+  engine._slots.acquire(engine.library.find('all'))
+  other = [(request, [ids[0], *ids[:-1]]) for request, ids in requests[:6]]
+  wrong = '; '.join(Soak(engine, other).run(40).wrong)
+  for says in ('the base said something else', 'slots are in use', "('all',) are still in slots"):
+    assert says in wrong
 
 
 def test_an_adapter_that_overflows_harms_nobody_after_it(tmp_path, requests):

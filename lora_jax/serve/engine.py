@@ -33,7 +33,7 @@ from lora_jax.sampling import GREEDY
 from lora_jax.serve.answer import Answer, Request
 from lora_jax.serve.bank import AdapterBank, Updates
 from lora_jax.serve.config import ServeConfig
-from lora_jax.serve.library import Library
+from lora_jax.serve.library import Library, Listing
 from lora_jax.serve.likelihood import MOST, Likelihoods
 from lora_jax.serve.looking import Looker
 from lora_jax.serve.rows import Asked, Chosen, Rows, Seat, decode, read_prompts
@@ -106,7 +106,7 @@ class Engine:
     self._head = jax.jit(head_kernel, static_argnums=(0, 2))(model, params, config.rows)
     self._rows = Rows.empty(model.config, config.rows, config.length, model.dtype)
     self._chosen = Chosen.empty(model.config, config.rows)
-    self._slots = Slots(config.slots)
+    self._slots: Slots[Listing] = Slots(config.slots)
     self._schedule: Schedule[Answer] = Schedule(config.rows, config.length)
     self._prompt_tokens = self._answer_tokens = self._loads = 0
 
@@ -136,6 +136,11 @@ class Engine:
     schedule, slots = self._schedule, self._slots
     at = (schedule.waiting, len(schedule.seated), schedule.free, slots.in_use)
     return Counts(*at, self._prompt_tokens, self._answer_tokens, self._loads)
+
+  @property
+  def on_device(self) -> tuple[str, ...]:
+    """Names of the adapters in slots, the least recently used first."""
+    return tuple(listing.name for listing in self._slots.held)
 
   def submit(
     self, request: Request, deliver: Callable[[Answer, str], None] = lambda answer, piece: None

@@ -8,23 +8,26 @@ slots.release('a')     # still in use once
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 from lora_jax.bank_kernel import NONE
 
+Key = TypeVar('Key', bound=Hashable)
 
-class Slots:
+
+class Slots(Generic[Key]):
   """Slots beside `NONE`, given to keys; the one that was not used for longest is taken back."""
 
   def __init__(self, count: int):
     """All of `count` slots are free."""
     self._free = [*range(NONE + count, NONE, -1)]
     # In the order of their last use.
-    self._slots: OrderedDict[Hashable, int] = OrderedDict()
-    self._uses: Counter[Hashable] = Counter()
-    self._forgotten: set[Hashable] = set()
+    self._slots: OrderedDict[Key, int] = OrderedDict()
+    self._uses: Counter[Key] = Counter()
+    self._forgotten: set[Key] = set()
 
   @property
-  def held(self) -> dict[Hashable, int]:
+  def held(self) -> dict[Key, int]:
     """Key -> slot, the least recently used first."""
     return dict(self._slots)
 
@@ -33,7 +36,7 @@ class Slots:
     """How many slots are in use, and cannot be taken back."""
     return len(self._uses)
 
-  def acquire(self, key: Hashable) -> tuple[int, bool] | None:
+  def acquire(self, key: Key) -> tuple[int, bool] | None:
     """Gives a key a slot, whose it stays until it is released as often.
 
     Returns:
@@ -49,7 +52,7 @@ class Slots:
     self._uses[key] += 1
     return self._slots[key], new
 
-  def release(self, key: Hashable) -> None:
+  def release(self, key: Key) -> None:
     """Undoes one `acquire`; the key keeps its slot until another needs it."""
     self._uses[key] -= 1
     if not self._uses[key]:
@@ -57,7 +60,7 @@ class Slots:
       if key in self._forgotten:
         self.forget(key)
 
-  def forget(self, key: Hashable) -> None:
+  def forget(self, key: Key) -> None:
     """Frees a key's slot, if it has one, as soon as it is not in use."""
     if key in self._uses:
       self._forgotten.add(key)
