@@ -104,9 +104,8 @@ def load_params(directory: Path, config: ModelConfig, dtype: Any = None) -> dict
     whole: np.ndarray = np.empty(leaf.shape, stored if dtype is None else dtype)
     parts = [*whole] if is_stacked(path) else [whole]
     for name, part in zip(names, parts, strict=True):
-      stored = files[name].read(name)
-      turned = path.endswith('/kernel')
-      _put(part, stored.reshape(len(stored), -1) if turned else stored, turned)
+      # No name for what is read: it would be held while the next tensor is.
+      _put(part, files[name].read(name), turned=path.endswith('/kernel'))
     params[path] = whole
   return unflatten_dict(params, sep='/')
 
@@ -308,6 +307,7 @@ def _put(part: np.ndarray, stored: np.ndarray, turned: bool) -> None:
   if not turned:
     part[...] = stored
     return
+  stored = stored.reshape(len(stored), -1)
   for at in range(0, len(stored), _STRIP):
     part[:, at : at + _STRIP] = stored[at : at + _STRIP].T
 
