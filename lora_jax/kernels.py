@@ -184,6 +184,8 @@ def dense(kernel: Kernel, dtype: jax.typing.DTypeLike) -> jax.Array:
   return whole.astype(dtype)
 
 
+# Compiled once for kernels of one shape: a loop outside of `jit` is compiled anew each time.
+@jax.jit
 def lengths(kernel: LoraKernel) -> jax.Array:
   """Euclidean length of the weights of each output, (..., out), in float32.
 

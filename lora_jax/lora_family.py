@@ -10,6 +10,7 @@ adapter needs to know of none of them.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -205,22 +206,31 @@ def _principal(
   equations 2 and 3), by subspace iteration (their section on fast SVD).
   """
   kernels = [flat[f'{part}/kernel'] for part in parts(path)]
-  width = max(ranks)
   module_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-  def of_layer(layer: tuple[list[Kernel], jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    held, rank, scale = layer
-    w = jnp.concatenate([dense(kernel, jnp.float32) for kernel in held], axis=-1)
-    u, s, v = _largest(module_key, w, width)
-    s = jnp.where(jnp.arange(width) < rank, s / jnp.where(scale > 0, scale, 1), 0)
-    return u * jnp.sqrt(s)[None], jnp.sqrt(s)[:, None] * v
-
-  a, b = jax.lax.map(of_layer, (kernels, jnp.asarray(ranks), jnp.asarray(scales)))
+  layers = (kernels, jnp.asarray(ranks), jnp.asarray(scales))
+  a, b = _principal_layers(module_key, layers, max(ranks))
   leaves = {f'{path}/a': a, f'{path}/a0': jnp.copy(a)}
   ends = np.cumsum([kernel.shape[-1] for kernel in kernels])
   for part, piece in zip(parts(path), jnp.split(b, ends[:-1], axis=-1), strict=True):
     leaves |= {f'{part}/b': piece, f'{part}/b0': jnp.copy(piece)}
   return leaves
+
+
+# Compiled once for modules of one shape: a loop outside of `jit` is compiled anew each time.
+@functools.partial(jax.jit, static_argnums=2)
+def _principal_layers(
+  key: jax.Array, layers: tuple[list[Kernel], jax.Array, jax.Array], width: int
+) -> tuple[jax.Array, jax.Array]:
+  """A and B, of rank `width`, of kernels beside each other: (L, in, R) and (L, R, out)."""
+
+  def of_layer(layer: tuple[list[Kernel], jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    held, rank, scale = layer
+    w = jnp.concatenate([dense(kernel, jnp.float32) for kernel in held], axis=-1)
+    u, s, v = _largest(key, w, width)
+    s = jnp.where(jnp.arange(width) < rank, s / jnp.where(scale > 0, scale, 1), 0)
+    return u * jnp.sqrt(s)[None], jnp.sqrt(s)[:, None] * v
+
+  return jax.lax.map(of_layer, layers)
 
 
 def _largest(key: jax.Array, w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
