@@ -5,6 +5,7 @@ differentiated, optimised, donated or saved.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,9 +254,10 @@ def train_wave(
     eval_start = time.perf_counter()
     losses = evaluate(states.pack, base, watched)
     eval_seconds += time.perf_counter() - eval_start
+    # Whole, once: cut on the device, every place and shape would be a program.
+    host = functools.cache(lambda: jax.tree.map(np.asarray, states.adapters))
     for cell in running:
-      keep = lambda cell=cell: packs.take(states.adapters, cell)
-      tracks[cell].watch(number, float(losses[cell]), keep)
+      tracks[cell].watch(number, float(losses[cell]), lambda cell=cell: packs.take(host(), cell))
 
   with Progress(what, config.steps) as progress:
     if watched and config.keep_best:
