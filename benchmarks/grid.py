@@ -70,6 +70,8 @@ class Options:
   max_new_tokens: int
   dtype: str
   peer_dtypes: tuple[str, ...]
+  # Of PEFT's batches; 0: as many as ours hold on average.
+  peer_rows: int = PEER_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,12 @@ class Rows:
     return 100 * float(np.mean(scores))
 
 
+def mean_rows(cells: Mapping[str, Mapping[str, Any]], steps: int) -> int:
+  """How many rows a batch of our side held on average."""
+  seen = [cell['train']['examples'] for cell in cells.values() if 'train' in cell]
+  return max(1, round(sum(seen) / len(seen) / steps))
+
+
 def run_theirs(
   options: Options,
   base: bases.Base,
@@ -235,8 +243,9 @@ def run_theirs(
     folder = Path(name)
     (folder / 'work.json').write_text(json.dumps(work))
     huggingface.save(folder / 'base', base.config, base.params, dtype='float32')
+    peer_rows = options.peer_rows or mean_rows(cells, options.steps)
     batching.write_padded(
-      folder / 'batches.npz', batching.pad(whole, PEER_ROWS, base.tokenizer.pad_id)
+      folder / 'batches.npz', batching.pad(whole, peer_rows, base.tokenizer.pad_id)
     )
     rows.write_prompts(folder / 'prompts.npz', base, task, options.batch_rows)
     for dtype in options.peer_dtypes:
@@ -292,6 +301,7 @@ def compare(options: Options, python: str = sys.executable) -> dict[str, Any]:
     }
   }
   for dtype, record in theirs.items():
+    side.check_alike(ours.measured, record, f'PEFT {dtype}')
     held = {
       cell['name']: {'score': cell['score'], 'real_tokens': cell['real_tokens']}
       for cell in record['cells']
@@ -364,6 +374,9 @@ if __name__ == '__main__':
     'test_rows': flags.DEFINE_integer('test_rows', 64, 'Rows to score.', lower_bound=1),
     'batch_rows': flags.DEFINE_integer('batch_rows', 16, 'Prompts scored together.', lower_bound=1),
     'max_new_tokens': flags.DEFINE_integer('max_new_tokens', 160, 'Longest prediction.'),
+    'peer_rows': flags.DEFINE_integer(
+      'peer_rows', PEER_ROWS, "Of PEFT's batches; 0: as many as ours hold.", lower_bound=0
+    ),
     'dtype': flags.DEFINE_enum('dtype', 'auto', ['auto', *DTYPES], 'Of our side.'),
     'peer_dtypes': flags.DEFINE_multi_enum(
       'peer_dtypes', list(DTYPES), DTYPES, "Of PEFT's side; repeat for more."

@@ -39,7 +39,9 @@ def train(model: Any, work: dict[str, Any], batches: list[peft_peer.Batch]) -> l
     {'params': of('B'), 'lr': rate * work['lr_ratio']},
   ]
   optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-  return [peft_peer.update(model, optimizer, batch) for batch in batches]
+  losses = [peft_peer.update(model, optimizer, batch) for batch in batches]
+  # Read at the end, so that the steps of a GPU queue up as ours do.
+  return [loss.item() for loss in losses]
 
 
 def first_rows(batches: list[peft_peer.Batch], rows: int) -> list[peft_peer.Batch]:

@@ -80,15 +80,15 @@ def adapt(model: Any, modules: list[str], rank: int) -> Any:
   return adapted
 
 
-def update(forward: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-  """A step: the loss before it, once all of it is done."""
+def update(forward: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> torch.Tensor:
+  """A step: the loss before it; to read it is to wait for a GPU."""
   held = [part.to(device()) for part in (batch.tokens, batch.mask, batch.labels)]
   tokens, mask, labels = held
   loss = forward(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
   loss.backward()
   optimizer.step()
   optimizer.zero_grad()
-  return loss.item()
+  return loss.detach()
 
 
 def matrix_peak(dtype: str, seconds: float = 2.0) -> float:
@@ -143,7 +143,7 @@ def train(options: argparse.Namespace) -> dict:
 
   def timed(batch: Batch, into: list[float]) -> None:
     start = time.perf_counter()
-    losses.append(update(forward, optimizer, batch))
+    losses.append(update(forward, optimizer, batch).item())
     into.append(time.perf_counter() - start)
 
   for batch in used if options.compile else used[: options.warmup]:

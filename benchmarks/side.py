@@ -49,3 +49,19 @@ def run(
     print(done.stderr, file=sys.stderr)
     raise UserError(f'{who} ended with exit code {done.returncode}; what it said is above')
   return json.loads(record.read_text())
+
+
+def check_alike(ours: Mapping[str, Any], theirs: Mapping[str, Any], who: str) -> None:
+  """Raises `UserError` where two sides ran on other kinds of device: no ratio would mean a thing.
+
+  Args:
+    ours: a record with 'where': 'device' or 'host'.
+    theirs: another one.
+    who: name of the other side.
+  """
+  if ours['where'] != theirs['where']:
+    on = {'device': 'an accelerator', 'host': 'the CPU'}
+    raise UserError(
+      f'our side ran on {on[ours["where"]]} and {who} on {on[theirs["where"]]}, which is no '
+      'comparison; give both a JAX and a torch for the same device'
+    )

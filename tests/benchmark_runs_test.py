@@ -14,6 +14,7 @@ import pytest
 from benchmarks import batches as batching
 from benchmarks import gpu, grid, peer, serve, serve_soak, side, train
 from lora_jax.attention import SHARED
+from lora_jax.errors import UserError
 from lora_jax.hub import bases, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +112,8 @@ def test_every_side_is_given_the_same_rows(monkeypatch):
       asked.setdefault(who, []).append(dict(file))
     of_steps = {'step_seconds': [2.0], 'warm_seconds': [3.0, 2.0], 'losses': [1.0] * 3}
     tokens = {'real_tokens': 50, 'computed_tokens': 40, 'padded_tokens': 80}
-    return of_steps | tokens | {'matrix_peak': 1e9, 'peak_bytes': 2**30, 'versions': {}}
+    rest = {'matrix_peak': 1e9, 'peak_bytes': 2**30, 'versions': {}}
+    return of_steps | tokens | rest | {'dtype': 'float32', 'where': 'host'}
 
   monkeypatch.setattr(side, 'run', run)
   sides = train.Sides('float32', peers=('peft',), peer_dtypes=('float32',))
@@ -200,8 +202,9 @@ def test_the_grid_counts_time_memory_and_programs(compared):
   for held in (ours, theirs):
     assert 0 < held['train_seconds'] + held['score_seconds'] < held['total_seconds']
     assert held['peak_bytes'] > 0
-    # The same rows, give or take what packing leaves to the next batch.
-    assert held['cells']['o_proj']['real_tokens'] > 0
+  # The same rows, give or take what packing leaves to the next batch.
+  real = [held['cells']['o_proj']['real_tokens'] for held in (ours, theirs)]
+  assert real[0] == pytest.approx(real[1], rel=0.15)
   assert ours['programs'] > 0
   grid.show(compared)
 
@@ -279,3 +282,57 @@ def test_a_mistake_is_one_line(module, arguments, says):
   )  # fmt: skip
   assert done.returncode == 2, done.stderr
   assert says in done.stderr
+
+
+def planted(rate, peak, gib, where='host', dtype='float32'):
+  """A record of a side, as `train.with_rates` leaves it."""
+  return {
+    'dtype': dtype, 'real_tokens_per_second': rate, 'padding': 0.25, 'flops_per_second': 1e9 * rate,
+    'matrix_peak': 1e9 * peak, 'of_peak': rate / peak, 'compile_seconds': 3.0,
+    'peak_bytes': gib * 2**30, 'where': where,
+  }  # fmt: skip
+
+
+def cells_of(made):
+  return [[*column.cells] for column in made.columns]
+
+
+def test_ratios_are_to_the_fastest_peft_and_shares_of_the_machines_peak():
+  runs = {
+    'lora_jax float32': planted(300, 400, 2),
+    'PEFT float32': planted(100, 1000, 3),
+    'PEFT bfloat16': planted(150, 600, 4, dtype='bfloat16'),
+    'Tunix float32': planted(200, 500, 5),
+  }
+  made = train.table(train.of_the_machines_peak({'rows': runs}), '')
+  _, _, rates, ratios, _, _, shares, _, _, memory = cells_of(made)
+  assert rates == ['300', '100', '150', '200']
+  assert ratios == ['2.00x', '0.67x', '1.00x', '1.33x']
+  assert shares == ['30%', '10%', '25%', '20%']
+  assert memory == ['0.50x', '0.75x', '1.00x', '1.25x']
+
+
+def test_the_grids_ratios_are_of_the_faster_peft_to_ours():
+  side_of = lambda total, gib: {
+    'train_seconds': total / 2, 'score_seconds': total / 4, 'total_seconds': total,
+    'peak_bytes': gib * 2**30, 'cells': {'base': {}, 'o_proj': {}},
+  }  # fmt: skip
+  records = {
+    'lora_jax float32': side_of(100, 3),
+    'PEFT float32': side_of(300, 6),
+    'PEFT bfloat16': side_of(250, 4),
+  }
+  made = grid.table(records)
+  assert 'ratio: PEFT bfloat16 to ours' in made.title
+  assert cells_of(made)[-1] == ['2.50x', '2.50x', '2.50x', '2.50x', '1.33x']
+
+
+def test_sides_on_other_devices_are_no_comparison():
+  side.check_alike(planted(1, 1, 1), planted(1, 1, 1), 'PEFT')
+  with pytest.raises(UserError, match='our side ran on an accelerator and PEFT on the CPU'):
+    side.check_alike(planted(1, 1, 1, 'device'), planted(1, 1, 1), 'PEFT')
+
+
+def test_rows_of_a_batch_are_counted_over_all_configurations():
+  trained = lambda rows: {'train': {'examples': rows}}
+  assert grid.mean_rows({'base': {}, 'o_proj': trained(40), 'fc2': trained(80)}, 3) == 20
