@@ -65,6 +65,28 @@ def define_base(default: str | None = None, arithmetic: bool = True) -> None:
   flags.DEFINE_enum('quantize', None, QUANTIZE, "How the kernels of the base's blocks are stored.")
 
 
+def define_mesh() -> None:
+  """--mesh, which `set_mesh` reads."""
+  flags.DEFINE_string(
+    'mesh', None, 'How devices share the work, as data=-1,fsdp=4,tensor=2; without it one works.'
+  )
+
+
+def set_mesh() -> None:
+  """Has all that follows run on the mesh of --mesh, if there is one.
+
+  Raises:
+    UserError: there is no such mesh, or not of these devices.
+  """
+  if given('mesh') is None:
+    return
+  import jax
+
+  from lora_jax import sharding
+
+  jax.set_mesh(sharding.make_mesh(given('mesh')))
+
+
 def define_changes(*names: str, of: Settings | None = None) -> None:
   """Flags that change settings.
 

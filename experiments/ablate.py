@@ -55,6 +55,7 @@ _PACK = flags.DEFINE_integer(
 )
 _OUT = flags.DEFINE_string('out', None, 'Directory of the results; runs/PRESET if not given.')
 _flags.define_base()
+_flags.define_mesh()
 _flags.define_changes(*_flags.ALL_CHANGES)
 
 
@@ -116,6 +117,7 @@ def main() -> None:
   from lora_jax.study import Grid, Study
 
   _launcher.imported()
+  _flags.set_mesh()
   default_targets = PRESET_TARGETS.get(_PRESET.value, ARTICLE_TARGETS)
   targets = tuple(dict.fromkeys(map(lora.canonical, _TARGETS.value))) or default_targets
   _flags.check_targets(targets)

@@ -31,6 +31,7 @@ _LAST_ONLY = flags.DEFINE_bool(
 )
 _OUT = flags.DEFINE_string('out', None, 'Directory for predictions.jsonl and scores.json.')
 _flags.define_base(Settings().base)
+_flags.define_mesh()
 _flags.define_changes('max_length', 'max_new_tokens', 'batch_rows', of=Settings())
 
 
@@ -44,6 +45,7 @@ def main() -> None:
   from lora_jax.hub import adapters, bases
 
   _launcher.imported()
+  _flags.set_mesh()
   settings = _flags.changed(Settings())
   out = Path(_OUT.value).expanduser() if _OUT.value else None
   if out is not None:

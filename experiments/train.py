@@ -41,6 +41,7 @@ _SEED = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string('out', None, 'Directory to write.')
 _TRACK = flags.DEFINE_list('track', [], f'Where metrics go too: {", ".join(PACKAGES)}.')
 _flags.define_base()
+_flags.define_mesh()
 _flags.define_changes(
   'steps', 'lr', 'lr_ratio', 'tokens_per_batch', 'positions', 'max_length', 'eval_every',
   'patience', 'keep_best', 'remat', of=OWN_ROWS,
@@ -63,6 +64,7 @@ def main() -> None:
   from lora_jax.train import DivergedError
 
   _launcher.imported()
+  _flags.set_mesh()
   out = Path(_OUT.value).expanduser()
   records.check_new(out / finetune.ADAPTER)
   _flags.check_targets([_TARGETS.value])

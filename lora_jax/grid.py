@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import lora_family, packs
+from lora_jax import lora_family, packs, sharding
 from lora_jax.config import TrainConfig
 from lora_jax.data.pipeline import BatchShape, empty_batch
 from lora_jax.parts import CPU_POSITIONS
@@ -40,7 +40,7 @@ class Trainer:
       cells: at most so many train together; 0: as many as there is use and memory for.
     """
     self._model, self._base, self._config, self._most = model, base, config, cells
-    self._resident = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    self._resident = sharding.resident_bytes(base)
     self._steps: dict[tuple, jax.stages.Compiled] = {}
     self._evaluations: dict[tuple, Any] = {}
 
@@ -132,7 +132,7 @@ class Trainer:
         stack_batches([batch] * wave.cells, self._config.positions),
         np.ones(wave.cells, bool),
       )
-      step = make_step(for_batches(self._model, shape), wave.cells, dropout)
+      step = make_step(for_batches(self._model, shape), wave.cells, dropout, wave.states)
       self._steps[key] = step.lower(wave.states, self._base, batches, active_C).compile()
     return self._steps[key]
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.sharding import by_rows
+
 CHUNK = 256
 # Of a chunk with few targets, the head runs over the first so many positions.
 _FEW = (32, 64, 128)
@@ -95,7 +97,8 @@ def completion_loss(
       loss, gradient_CD = jax.lax.switch(size, branches, *of_chunk)
       return total + loss, gradient_CD
 
-    chunked = (size_N, by_chunk(flat_PD), targets_NC, weights_NC)
+    # Over a mesh, each device has the head of a part of every chunk.
+    chunked = (size_N, by_rows(by_chunk(flat_PD), axis=1), targets_NC, weights_NC)
     total, gradient_NCD = jax.lax.scan(body, jnp.float32(0), chunked)
     if gradient_NCD is None:
       return total, None

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lora_jax import lora, lora_family
+from lora_jax import lora, lora_family, platforms
 from lora_jax.config import LoraConfig
 from lora_jax.kernels import LoraKernel
 from lora_jax.quantized import QuantizedKernel
@@ -82,7 +82,7 @@ def may_be_idle(cells: int) -> bool:
 
   Only one cell can do so, and on a GPU the host would have to wait at each of its branches.
   """
-  return cells == 1 and jax.default_backend() == 'cpu'
+  return cells == 1 and platforms.target() == 'cpu'
 
 
 def kind(adapters: Mapping[str, Any], config: LoraConfig) -> tuple:

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, PartitionSpec
 
-from lora_jax import lora, targets
+from lora_jax import lora, sharding, targets
 from lora_jax.errors import UserError
 from lora_jax.kernels import LoraKernel, dense
 from lora_jax.quantized import Int4Kernel, Int8Kernel, Nf4Kernel, QuantizedKernel
@@ -32,7 +31,7 @@ KINDS = {'nf4': Nf4Kernel, 'int4': Int4Kernel, 'int8': Int8Kernel}
 
 
 def store(params: Params, dtype: jax.typing.DTypeLike, kind: str = 'none') -> dict:
-  """Puts a base on the device as runs keep it there.
+  """Puts a base on the device, or on those of the current mesh, as runs keep it there.
 
   Args:
     params: the base, float32; numpy arrays will do.
@@ -44,8 +43,14 @@ def store(params: Params, dtype: jax.typing.DTypeLike, kind: str = 'none') -> di
   """
   if kind != 'none':
     params = quantize(params, kind)
-  put = lambda leaf: leaf if _is_quantized(leaf) else jnp.asarray(leaf, dtype)
-  return jax.tree.map(put, dict(params), is_leaf=_is_quantized)
+  mesh = sharding.current()
+  # What numpy holds is cast while it is placed, a part at a time.
+  waits = lambda leaf: mesh is not None and isinstance(leaf, np.ndarray)
+  put = lambda leaf: leaf if _is_quantized(leaf) or waits(leaf) else jnp.asarray(leaf, dtype)
+  put_all = jax.tree.map(put, dict(params), is_leaf=_is_quantized)
+  if mesh is None:
+    return put_all
+  return sharding.place(put_all, sharding.base_shardings(put_all, mesh), dtype)
 
 
 def quantize(params: Params, kind: str, paths: Iterable[str] | None = None) -> dict:
@@ -85,33 +90,6 @@ def dequantize(params: Params, dtype: jax.typing.DTypeLike) -> dict:
   """A tree without quantised kernels: each is the array, of `dtype`, that it stood for."""
   put = lambda leaf: dense(leaf, dtype) if _is_quantized(leaf) else leaf
   return jax.tree.map(put, dict(params), is_leaf=_is_quantized)
-
-
-def specs(param_specs: Params, params: Params, mesh: Mesh) -> dict:
-  """Shardings of a quantised base from those of the base.
-
-  A quantised kernel's arrays have its axes, with fewer inputs: they take its sharding,
-  but for an axis that the mesh does not divide evenly, which every device then holds.
-
-  Args:
-    param_specs: the base's tree with a `PartitionSpec` of full rank at each leaf.
-    params: the quantised base, or its shapes.
-    mesh: whose axes the shardings name.
-
-  Returns:
-    A tree of `PartitionSpec` with the structure of `params`.
-  """
-
-  def fitting(spec, leaf):
-    axes = zip(spec, leaf.shape, strict=True)
-    return PartitionSpec(*(axis if size % _parts(axis, mesh) == 0 else None for axis, size in axes))
-
-  flat: dict[str, Any] = dict(flatten_dict(param_specs, sep='/'))
-  quantized: dict[str, Any] = dict(flatten_dict(params, sep='/'))
-  for path, leaf in quantized.items():
-    if _is_quantized(leaf):
-      flat[path] = jax.tree.map(functools.partial(fitting, flat[path]), leaf)
-  return unflatten_dict(flat, sep='/')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +144,3 @@ def _by_layer(kind: str, kernel: Any) -> QuantizedKernel:
 @functools.partial(jax.jit, static_argnums=0)
 def _one(kind: str, kernel: jax.Array) -> QuantizedKernel:
   return KINDS[kind].quantize(kernel)
-
-
-def _parts(axis: Any, mesh: Mesh) -> int:
-  """Into how many parts a spec's entry cuts an axis."""
-  names = axis if isinstance(axis, tuple) else (axis,)
-  return math.prod(mesh.shape[name] for name in names if name is not None)

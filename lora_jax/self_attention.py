@@ -10,10 +10,11 @@ backward pass what each of the implementations wants kept.
 """
 
 import dataclasses
+import functools
 
 import jax
 
-from lora_jax import attention, attention_cudnn
+from lora_jax import attention, attention_cudnn, platforms, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class SelfAttention:
 
   Attributes:
     platform: 'cpu', 'cuda', 'rocm' or 'tpu': what the program is compiled for; None:
-      what this process runs on.
+      `platforms.target`.
     shared_prefix: whether a row with segments may begin with tokens that all its
       sequences see. It cannot be told from shapes, and splash attention cannot do it.
   """
@@ -38,8 +39,8 @@ class SelfAttention:
     cap: float = 0.0,
   ) -> str:
     """'cudnn', 'splash' or 'blocks' for such queries, with segments and a window or without."""
-    platform = self.platform or _platform()
-    if platform == 'cuda' and attention_cudnn.takes(q_BTNH, cap, _capability() >= 9):
+    platform = self.platform or platforms.target()
+    if platform == 'cuda' and attention_cudnn.takes(q_BTNH, cap, platforms.capability() >= 9):
       return 'cudnn'
     shared = self.shared_prefix and in_segments
     if platform == 'tpu' and not windowed and not shared and _splash().takes(q_BTNH):
@@ -82,9 +83,11 @@ class SelfAttention:
           mask_BTT = attention.causal_mask(
             positions_BT, positions_BT, segments_BT, segments_BT, window
           )
-        return attention_cudnn.self_attend(q_BTNH, k_BKTH, v_BKTH, mask_BTT, factor)
+        flash = functools.partial(attention_cudnn.self_attend, scale=factor)
+        return sharding.apart(flash, q_BTNH, k_BKTH, v_BKTH, mask_BTT)
       case 'splash':
-        return _splash().self_attend(q_BTNH, k_BKTH, v_BKTH, segments_BT, factor, cap)
+        splash = functools.partial(_splash().self_attend, scale=factor, cap=cap)
+        return sharding.apart(splash, q_BTNH, k_BKTH, v_BKTH, segments_BT)
       case _:
         return attention.self_attend(
           q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT, window, factor, cap
@@ -96,15 +99,3 @@ def _splash():
   from lora_jax import attention_splash
 
   return attention_splash
-
-
-def _platform() -> str:
-  """JAX calls every GPU 'gpu'; only NVIDIA's tell their capability as a number."""
-  backend = jax.default_backend()
-  return ('cuda' if _capability() else 'rocm') if backend == 'gpu' else backend
-
-
-def _capability() -> float:
-  """The compute capability of this process's NVIDIA GPUs; 0 where it has none."""
-  capability = str(getattr(jax.local_devices()[0], 'compute_capability', ''))
-  return float(capability) if capability.replace('.', '').isdigit() else 0.0

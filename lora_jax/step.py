@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import lora, packs
+from lora_jax import lora, packs, sharding
 from lora_jax.config import LoraConfig, OptimConfig
 from lora_jax.data.pipeline import Batch, BatchShape
 from lora_jax.head import head_kernel, logits
@@ -91,6 +92,32 @@ def init_state(
   return TrainState(jnp.int32(0), whole, optimizer(hyper).init(whole), key, scales, hyper)
 
 
+def place(states: TrainState, base: Params) -> TrainState:
+  """Puts stacked cells onto the current mesh, if there is one."""
+  mesh = sharding.current()
+  return states if mesh is None else sharding.place(states, shardings(states, base, mesh))
+
+
+def shardings(states: TrainState, base: Params, mesh: Mesh) -> TrainState:
+  """Where stacked cells, or their shapes, lie on a mesh.
+
+  Adapters and what the optimiser keeps of each are cut as their kernels are.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
+  specs = lora.specs(sharding.specs(base), states.adapters)
+  of_adapters = sharding.adapter_shardings(specs, states.adapters, mesh)
+  of_moments = optax.tree.map_params(
+    # Any: the state does not depend on its numbers.
+    optimizer(Hyper.of(OptimConfig(), 1)),
+    lambda _, of_adapter: of_adapter,
+    states.opt_state,
+    of_adapters,
+    transform_non_params=lambda _: whole,
+  )
+  of_all = jax.tree.map(lambda _: whole, states)
+  return of_all.replace(adapters=of_adapters, opt_state=of_moments)
+
+
 def stack_batches(batches: Sequence[Batch], positions: int = 0) -> dict[str, Any]:
   """A batch of each cell in parts, (C, parts, rows, T), and how much of each the head must see.
 
@@ -134,7 +161,7 @@ def batch_loss(
 
 
 def make_step(
-  model: Transformer, cells: int, dropout: float = 0.0
+  model: Transformer, cells: int, dropout: float = 0.0, states: TrainState | None = None
 ) -> Callable[[TrainState, Params, Mapping[str, Any], Any], tuple[TrainState, dict]]:
   """Jits an update: (states, base, batches, active_C) -> (states, metrics of (C,) each).
 
@@ -144,6 +171,7 @@ def make_step(
     model: the Transformer.
     cells: C.
     dropout: share of an adapter's input that is dropped.
+    states: over a mesh, some that it will be given: it gives them back lying as they did.
   """
 
   def update(state: TrainState, base: Params, batch: Mapping[str, Any], active: jax.Array):
@@ -176,7 +204,11 @@ def make_step(
     step, adapters, opt_state = kept
     return TrainState(step, adapters, opt_state, state.key, state.scales, state.hyper), metrics
 
-  return jax.jit(_over_cells(update, cells, (0, None, _BATCH_AXES, 0)), donate_argnums=0)
+  over_cells = _over_cells(update, cells, (0, None, _BATCH_AXES, 0))
+  placed = {}
+  if states is not None and sharding.spread():
+    placed = {'out_shardings': (jax.tree.map(lambda leaf: leaf.sharding, states), None)}
+  return jax.jit(over_cells, donate_argnums=0, **placed)
 
 
 def make_evaluation(
@@ -255,4 +287,4 @@ def summed(of_part: Callable[[jax.Array, Mapping[str, Any]], Any], batch: Mappin
 
 
 def _chunk(cells: int) -> int:
-  return max(_LEAST_CHUNK, CHUNK // cells)
+  return max(_LEAST_CHUNK, CHUNK // cells) * sharding.row_shards()

@@ -18,7 +18,14 @@ from lora_jax import lora_family, packs
 from lora_jax.config import LoraConfig, OptimConfig, TrainConfig
 from lora_jax.data.pipeline import Batch, counts
 from lora_jax.progress import Progress
-from lora_jax.step import TrainState, init_state, make_evaluation, make_step, stack_batches
+from lora_jax.step import (
+  TrainState,
+  init_state,
+  make_evaluation,
+  make_step,
+  place,
+  stack_batches,
+)
 from lora_jax.tracking import Log, finite
 from lora_jax.transformer import Transformer
 
@@ -160,7 +167,7 @@ def prepare(
     for adapters, job in zip(fresh, jobs, strict=True)
   ]
   filled = [*states, *[states[0]] * ((cells or len(jobs)) - len(jobs))]
-  return Wave(jobs, fresh, packs.stack(filled))
+  return Wave(jobs, fresh, place(packs.stack(filled), base))
 
 
 def train(
@@ -226,7 +233,8 @@ def train_wave(
     For each job its outcome, or why there is none.
   """
   jobs, states = wave.jobs, wave.states
-  step = make_step(model, wave.cells, jobs[0].lora.dropout) if step is None else step
+  if step is None:
+    step = make_step(model, wave.cells, jobs[0].lora.dropout, states)
   evaluate = make_evaluation(model, wave.cells) if evaluate is None else evaluate
   tracks = [_Track(job, config) for job in jobs]
   streams = [job.batches() for job in jobs]

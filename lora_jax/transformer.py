@@ -43,6 +43,7 @@ from lora_jax.config import ModelConfig
 from lora_jax.head import logits
 from lora_jax.layers import ACTIVATIONS, Dense
 from lora_jax.self_attention import SelfAttention
+from lora_jax.sharding import by_rows
 from lora_jax.vision import CHANNELS, Connector, Features, VisionTower
 
 
@@ -258,6 +259,7 @@ class Block(nn.Module):
     """
     c = self.config
     past = [*zip(past_kv, past_positions, strict=True)]
+    x_BTD = by_rows(x_BTD)
     normed = _norm(c, 'input_layernorm')(x_BTD)
     attend = Attention(c, self.attention, name='attn')
     attn_BTD, new_kv = attend(normed, layer, positions_BT, segments_BT, past)
@@ -339,7 +341,7 @@ class Transformer(nn.Module):
       x_BTD = features.put(x_BTD)
     layers = Layer.stacked(self.config, NOWHERE if past else tokens_BT.shape[1])
     x_BTD, new_kv = self.layers(x_BTD, past_kv, layers, positions_BT, segments_BT, past_positions)
-    return self.norm(x_BTD), KeyValues(*new_kv)
+    return by_rows(self.norm(x_BTD)), KeyValues(*new_kv)
 
   def see(self, pixels_IYXC: jax.Array, seen_Iyx: jax.Array | None = None) -> jax.Array:
     """Images to embeddings for their tokens, features_IED; arguments as in `VisionTower`."""

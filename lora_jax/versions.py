@@ -29,10 +29,17 @@ def versions() -> dict[str, str]:
 
 
 def device() -> dict[str, str]:
-  """'device': the kind of what computes; 'processor': which one, of a CPU, whose kind is 'cpu'."""
+  """'device': the kind of what computes; 'processor': which one, of a CPU, whose kind is 'cpu'.
+
+  'mesh': how many devices share the work, by axis, where they do.
+  """
   import jax  # readers of records do without
 
-  kind = {'device': jax.devices()[0].device_kind}
+  from lora_jax import sharding
+
+  kind, mesh = {'device': jax.devices()[0].device_kind}, sharding.current()
+  if mesh is not None:
+    kind['mesh'] = ','.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   return {**kind, 'processor': processor()} if jax.default_backend() == 'cpu' else kind
 
 

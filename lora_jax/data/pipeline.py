@@ -32,6 +32,7 @@ from lora_jax.data.features import FeatureFiles
 from lora_jax.data.packing import Epochs, Group, plan
 from lora_jax.data.task import Example, Task
 from lora_jax.hub.tokenizer import ChatTokenizer
+from lora_jax.sharding import row_shards
 
 # Rows of a batch are a multiple of this, which suits every device's matrix units.
 _ROW_MULTIPLE = 128
@@ -142,12 +143,14 @@ def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
 
   What is compared is the cost of a real token, by packing the rows into the shape: a row
   of the batch that is longer leaves less of itself empty and repeats a shared prefix less
-  often, but attention costs more with length.
+  often, but attention costs more with length. Over a mesh, the devices that share a batch
+  have as many of its rows each.
   """
   longest = max(len(row) for row in rows)
   least = math.ceil(longest / _ROW_MULTIPLE) * _ROW_MULTIPLE
   most = max(least, min(tokens_per_batch, 2 * _EVEN_LENGTH))
   lengths = range(least, most + 1, _ROW_MULTIPLE)
+  shards = row_shards()
   tried = rows[:: math.ceil(len(rows) / _MOST_TRIED)]
 
   def seen(shape: BatchShape) -> BatchShape:
@@ -155,7 +158,8 @@ def batch_shape(rows: Sequence[Encoded], tokens_per_batch: int) -> BatchShape:
     return dataclasses.replace(shape, embeddings=most_embeddings(own, _room(shape)))
 
   def cheapest(prefix: tuple[int, ...]) -> tuple[float, BatchShape]:
-    shapes = [BatchShape(max(1, tokens_per_batch // n), n, prefix) for n in lengths]
+    count = lambda length: shards * max(1, tokens_per_batch // (shards * length))
+    shapes = [BatchShape(count(length), length, prefix) for length in lengths]
     return min(((_cost(tried, shape), shape) for shape in shapes), key=lambda pair: pair[0])
 
   cost, shape = cheapest(())
