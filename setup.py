@@ -83,6 +83,8 @@ setuptools.setup(
     # Metrics beyond JSON lines.
     'track': ['tensorboardX', 'wandb'],
     'tpu': ['jax[tpu]'],
+    # The TPU compiler, for `experiments.plan`.
+    'plan': ['libtpu'],
     'cuda': ['jax[cuda13]'],
   },
 )

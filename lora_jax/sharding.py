@@ -55,7 +55,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   Raises:
     UserError: it names another axis, one twice, or a size that is none; more than one is -1.
   """
-  sizes = dict.fromkeys(AXES, 1)
+  sizes: dict[str, int] = dict.fromkeys(AXES, 1)
   seen = set()
   for part in text.split(','):
     name, _, size = part.strip().partition('=')
@@ -72,7 +72,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh of all devices that a flag asks for.
 
   Args:
@@ -195,7 +195,7 @@ def by_rows(x: jax.Array, axis: int = 0) -> jax.Array:
   """
   if not spread():
     return x
-  spec = [None] * x.ndim
+  spec: list[Any] = [None] * x.ndim
   spec[axis] = ROWS
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 

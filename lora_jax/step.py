@@ -205,7 +205,7 @@ def make_step(
     return TrainState(step, adapters, opt_state, state.key, state.scales, state.hyper), metrics
 
   over_cells = _over_cells(update, cells, (0, None, _BATCH_AXES, 0))
-  placed = {}
+  placed: dict[str, Any] = {}
   if states is not None and sharding.spread():
     placed = {'out_shardings': (jax.tree.map(lambda leaf: leaf.sharding, states), None)}
   return jax.jit(over_cells, donate_argnums=0, **placed)
