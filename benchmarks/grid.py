@@ -291,15 +291,11 @@ def compare(options: Options, python: str = sys.executable) -> dict[str, Any]:
   theirs = run_theirs(options, base, task, rows, ours.cells)
   means = lambda cell: cell['scores']['means'][cell['scores']['headline']]
   dtype = ours.cells['base']['settings']['train']['dtype']
-  records: dict[str, Any] = {
-    f'lora_jax {dtype}': {
-      **ours.measured,
-      'cells': {
-        name: {'score': means(cell), 'real_tokens': cell.get('train', {}).get('tokens', 0)}
-        for name, cell in ((name, ours.cells[name]) for name in ('base', *options.targets))
-      },
-    }
+  held = {
+    name: {'score': means(cell), 'real_tokens': cell.get('train', {}).get('tokens', 0)}
+    for name, cell in ((name, ours.cells[name]) for name in ('base', *options.targets))
   }
+  records: dict[str, Any] = {f'lora_jax {dtype}': {**ours.measured, 'cells': held}}
   for dtype, record in theirs.items():
     side.check_alike(ours.measured, record, f'PEFT {dtype}')
     held = {
