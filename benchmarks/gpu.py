@@ -37,23 +37,11 @@ from lora_jax import lora
 from lora_jax.config import ModelConfig
 from lora_jax.errors import UserError, exit_on_user_error
 from lora_jax.hub import bases, huggingface
+from lora_jax.plan.shapes import SHAPES
 from lora_jax.presets import ARTICLE_TARGETS
 from lora_jax.transformer import abstract_params
 
-# Qwen/Qwen2.5-1.5B.
-QWEN_1_5B = ModelConfig(
-  vocab_size=151_936,
-  num_layers=28,
-  model_dim=1536,
-  num_heads=12,
-  num_kv_heads=2,
-  head_dim=128,
-  mlp_dim=8960,
-  max_length=32_768,
-  rope_theta=1_000_000.0,
-  norm_eps=1e-6,
-  qkv_bias=True,
-)
+QWEN_1_5B = SHAPES['qwen2.5-1.5b']
 
 
 @dataclasses.dataclass(frozen=True)

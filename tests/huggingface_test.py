@@ -33,10 +33,7 @@ def load(directory, dtype=None):
 
 
 def peak_memory(call):
-  """Returns the bytes that `call` takes at most, and what it returns last.
-
-  The least of three peaks: what other threads of the process take meanwhile only adds.
-  """
+  """Bytes that it takes, the least of three: other threads only add; and what it returns last."""
   peaks = []
   for _ in range(3):
     tracemalloc.start()

@@ -3,6 +3,8 @@
 Figures are those of the published config.json of each.
 """
 
+import dataclasses
+
 from lora_jax.config import ModelConfig, RopeScaling
 
 _LLAMA_3 = {'vocab_size': 128_256, 'rope_theta': 500_000.0, 'tie_embeddings': False}
@@ -52,15 +54,9 @@ SHAPES = {
     max_length=8192,
     **_LLAMA_3,
   ),
-  'llama-3.1-8b': ModelConfig(
-    num_layers=32,
-    model_dim=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=14_336,
-    max_length=131_072,
-    rope_scaling=RopeScaling('llama3', 8.0, 8192, 1.0, 4.0),
-    **_LLAMA_3,
-  ),
 }
+SHAPES['llama-3.1-8b'] = dataclasses.replace(
+  SHAPES['llama-3-8b'],
+  max_length=131_072,
+  rope_scaling=RopeScaling('llama3', 8.0, 8192, 1.0, 4.0),
+)
